@@ -1,0 +1,221 @@
+"""What every output head is: a spec that builds and fits a module, and a module with one contract."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hf_softheads.registry import Spec
+
+if TYPE_CHECKING:
+    from hf_softheads.stats import HeadStats
+
+_CHUNK_ELEMENTS = 2**23  # logits held at once by the generic paths: 32 MiB in fp32
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model family does to the scores after its head: `("div", s)`, `("mul", s)`, `("tanh", 1.0)` in order.
+
+    Gemma's soft cap is `div, tanh, mul`; Granite divides, Cohere multiplies.
+    """
+
+    steps: tuple[tuple[str, float], ...] = ()
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        for operation, value in self.steps:
+            if operation == "tanh":
+                scores = torch.tanh(scores)
+            else:
+                scores = scores / value if operation == "div" else scores * value
+        return scores
+
+    @property
+    def scale(self) -> float | None:
+        """The factor when the transform only scales, else None."""
+        factor = 1.0
+        for operation, value in self.steps:
+            if operation == "tanh":
+                return None
+            factor *= 1 / value if operation == "div" else value
+        return factor
+
+
+@dataclass(frozen=True)
+class HeadSpec(Spec, kind="head"):
+    """A head variant: hyper-parameters, how to build the module and how to fit it to the trained matrix."""
+
+    def check(self, dim: int, vocab: int) -> None:
+        """Raise ValueError if the fields make no sense for a matrix `(vocab, dim)`."""
+
+    def module(self, dim: int, vocab: int, *, bias: bool = False) -> Head:
+        """An uninitialised module; works under `torch.device("meta")`. `bias`: the dense head had one."""
+        raise NotImplementedError
+
+    def fit(self, head: Any, weight: Tensor, bias: Tensor | None, stats: HeadStats | None) -> None:
+        """Set the module's tensors from the trained `weight (V, D)` and `bias (V,)`, in place."""
+        raise NotImplementedError
+
+
+class Head(nn.Module):
+    """Hidden states `(…, D)` to scores `(…, V)`, with everything a decoder or a loss needs without a `(tokens, V)` tensor.
+
+    A variant implements `scores`; the methods below are correct for any variant, in chunks of tokens that are
+    recomputed in the backward pass, and a variant overrides those that its structure makes cheaper. `forward`
+    gives raw scores, as `nn.Linear` does, because the model applies its own soft cap or scale afterwards; the other
+    methods apply `transform` themselves and so describe the model's real distribution.
+
+    Every variant has a parameter called `weight`: transformers reads its dtype and device, and a checkpoint loaded
+    without this package fails on its shape instead of starting from a random head.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, dim: int, vocab: int):
+        super().__init__()
+        self.in_features, self.out_features = dim, vocab
+        self.transform: LogitTransform | None = LogitTransform()  # None: the family does something unknown
+        self.targets: Tensor | None = None  # set for one call by the model's forward, to train without logits
+        self.nll: Tensor | None = None
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Raw scores `(…, V)`, before the family's transform."""
+        raise NotImplementedError
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.targets is None:
+            return self.scores(hidden)
+        targets, self.targets = self.targets, None
+        self.nll = self.token_loss(hidden, targets)
+        return self.nll.unsqueeze(-1)  # stands in for the logits; the loss is built from this very tensor
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits `(…, V)` in fp32: raw scores through the family's transform."""
+        return self._known_transform()(self.scores(hidden).float())
+
+    def token_loss(self, hidden: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+        """`-log p(label)` in fp32, `(…)`; exactly 0 where `label == ignore_index`, which is not computed at all."""
+        labels = labels.to(hidden.device)
+        keep = labels != ignore_index
+        if torch.compiler.is_compiling():  # data-dependent shapes would break the graph
+            safe = torch.where(keep, labels, 0)
+            return torch.where(keep, -self.log_prob(hidden, safe), 0.0)
+        loss = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+        return loss.masked_scatter(keep, -self.log_prob(hidden[keep], labels[keep]))
+
+    def log_prob(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """`log softmax(logits)[label]`, `(…)` fp32. `labels` in `[0, V)`, shaped as `hidden` without its last axis."""
+
+        def chunk(h: Tensor, y: Tensor) -> Tensor:
+            z = self.logits(h)
+            return z.gather(-1, y.unsqueeze(-1)).squeeze(-1) - z.logsumexp(-1)
+
+        return self._in_chunks(chunk, hidden, labels)
+
+    def logsumexp(self, hidden: Tensor) -> Tensor:
+        """`log Σ_v exp(logits)`, `(…)` fp32."""
+        return self._in_chunks(lambda h: self.logits(h).logsumexp(-1), hidden)
+
+    @torch.no_grad()
+    def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits, `(…, k)` fp32 descending, and their token ids."""
+        values = self._in_chunks(lambda h: torch.cat(self._topk_pair(h, k), -1), hidden)
+        return values[..., :k].float(), values[..., k:].long()
+
+    def _topk_pair(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        values, ids = self.logits(hidden).topk(k, -1)
+        return values.double(), ids.double()  # one tensor for the chunk loop; ids are exact in fp64
+
+    @torch.no_grad()
+    def sample(
+        self, hidden: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """One token id per hidden state, `(…)`, drawn exactly from `softmax(logits / temperature)`."""
+        _check_temperature(temperature)
+
+        def chunk(h: Tensor) -> Tensor:
+            z = self.logits(h) / temperature
+            noise = torch.empty_like(z).exponential_(generator=generator)
+            return (z - noise.log_()).argmax(-1)  # Gumbel-max
+
+        return self._in_chunks(chunk, hidden)
+
+    def reset_parameters(self) -> None:
+        """Initialise what a checkpoint did not hold; called by transformers for missing keys."""
+        for parameter in self.parameters(recurse=False):
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+            else:
+                nn.init.zeros_(parameter)
+
+    def resize(self, vocab: int) -> Head:
+        """A head for another vocabulary size, used by `resize_token_embeddings`.
+
+        Raises:
+            NotImplementedError: this structure cannot grow; resize the dense model first, then patch it.
+        """
+        raise NotImplementedError(
+            f"a {type(self).__name__} head cannot be resized from {self.out_features} to {vocab} tokens; "
+            "resize the dense model's embeddings first, then patch it"
+        )
+
+    @property
+    def n_parameters(self) -> int:
+        """Floating-point parameters (integer codes are not counted, as the papers count)."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored in a checkpoint: parameters and persistent buffers."""
+        return sum(t.numel() * t.element_size() for t in self.state_dict(keep_vars=True).values())
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read to score all tokens for one hidden state."""
+        return self.nbytes
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations to score all tokens for one hidden state."""
+        return 2 * self.in_features * self.out_features
+
+    def notes(self) -> list[str]:
+        """Facts about this head that `describe` prints, one a line."""
+        return []
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def _known_transform(self) -> LogitTransform:
+        if self.transform is None:
+            raise NotImplementedError(
+                "this model changes its logits after the head in a way that is not understood, so only "
+                "model(...).logits gives its distribution; the head's own log_prob, topk and sample do not"
+            )
+        return self.transform
+
+    def _in_chunks(self, function: Callable[..., Tensor], hidden: Tensor, *others: Tensor) -> Tensor:
+        """`function` over chunks of tokens whose logits fit in `_CHUNK_ELEMENTS`, recomputed in the backward pass."""
+        shape = hidden.shape[:-1]
+        tensors = [hidden.reshape(-1, hidden.shape[-1]), *(t.reshape(-1) for t in others)]
+        rows = max(1, _CHUNK_ELEMENTS // self.out_features)
+        if math.prod(shape) <= rows:
+            out = function(*tensors)
+        else:
+            parts = zip(*(t.split(rows) for t in tensors), strict=True)
+            if torch.is_grad_enabled():
+                out = torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
+            else:
+                out = torch.cat([function(*part) for part in parts])
+        return out.reshape(*shape, *out.shape[1:])
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}; for the best token use topk(hidden, 1)")

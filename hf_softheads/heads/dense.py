@@ -1,0 +1,52 @@
+"""The dense head itself, as a variant: the control that proves that the plumbing changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_softheads.heads.base import Head, HeadSpec
+
+if TYPE_CHECKING:
+    from hf_softheads.stats import HeadStats
+
+
+@dataclass(frozen=True)
+class Dense(HeadSpec, name="dense"):
+    """`F.linear(hidden, weight, bias)`: the trained matrix, copied. Lossless by definition."""
+
+    def module(self, dim: int, vocab: int, *, bias: bool = False) -> DenseHead:
+        return DenseHead(dim, vocab, bias=bias)
+
+    @torch.no_grad()
+    def fit(self, head: DenseHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None) -> None:
+        head.weight.copy_(weight)
+        if head.bias is not None and bias is not None:
+            head.bias.copy_(bias)
+
+
+class DenseHead(Head):
+    def __init__(self, dim: int, vocab: int, *, bias: bool):
+        super().__init__(dim, vocab)
+        self.weight = nn.Parameter(torch.empty(vocab, dim))
+        self.bias = nn.Parameter(torch.empty(vocab)) if bias else None
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight, self.bias)
+
+    def resize(self, vocab: int) -> DenseHead:
+        """Rows are kept; new rows are the mean row, so that a new token starts as an average one."""
+        new = DenseHead(self.in_features, vocab, bias=self.bias is not None).to(self.weight)
+        new.transform = self.transform
+        kept = min(vocab, self.out_features)
+        with torch.no_grad():
+            new.weight.copy_(self.weight.mean(0).expand_as(new.weight))
+            new.weight[:kept] = self.weight[:kept]
+            if self.bias is not None and new.bias is not None:
+                new.bias.fill_(float(self.bias.mean()))
+                new.bias[:kept] = self.bias[:kept]
+        return new
