@@ -43,11 +43,15 @@ class Spec:
             return
         stem = cls.__module__.rpartition(".")[2]
         if stem not in (name, "__main__"):
-            raise ValueError(f"{cls.kind} variant {name!r} must be defined in {name}.py, not in {stem}.py")
+            raise ValueError(
+                f"{cls.kind} variant {name!r} must be defined in {name}.py, not in {stem}.py"
+            )
         known = Spec._registered[cls.kind].get(name)
         # `@dataclass(slots=True)` and notebook cells define the same class again: same place, same variant.
         if known and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"{cls.kind} variant {name!r} is already defined by {known.__module__}")
+            raise ValueError(
+                f"{cls.kind} variant {name!r} is already defined by {known.__module__}"
+            )
         cls.name = name
         Spec._registered[cls.kind][name] = cls
 
@@ -70,7 +74,9 @@ def spec_from_dict(kind: str, data: Mapping[str, Any] | str | Spec) -> Any:
     """
     if isinstance(data, Spec):
         if data.kind != kind:
-            raise ValueError(f"expected {_a(kind)} variant, got the {data.kind} variant {data.name!r}")
+            raise ValueError(
+                f"expected {_a(kind)} variant, got the {data.kind} variant {data.name!r}"
+            )
         return data
     if isinstance(data, str):
         data = {"name": data}
@@ -88,10 +94,14 @@ def spec_from_dict(kind: str, data: Mapping[str, Any] | str | Spec) -> Any:
         if key == "name":
             continue
         if key not in fields:
-            raise ValueError(f"{kind} variant {name!r} has no field {key!r}; {did_you_mean(key, fields)}")
+            raise ValueError(
+                f"{kind} variant {name!r} has no field {key!r}; {did_you_mean(key, fields)}"
+            )
         values[key] = _coerce(value, hints[key], kind, f"{name}.{key}")
     for key, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
         if required and key not in values:
             raise ValueError(f"{kind} variant {name!r} needs a value for {key!r}")
     return cls(**values)
@@ -104,9 +114,9 @@ def import_variants(package: str) -> dict[str, type[Spec]]:
     for info in pkgutil.iter_modules(module.__path__):
         child = importlib.import_module(f"{package}.{info.name}")
         for value in vars(child).values():
-            if isinstance(value, type) and issubclass(value, Spec) and value.__module__ == child.__name__:
-                if value.name:
-                    found[value.__name__] = value
+            defined_here = getattr(value, "__module__", None) == child.__name__
+            if defined_here and isinstance(value, type) and issubclass(value, Spec) and value.name:
+                found[value.__name__] = value
     return found
 
 

@@ -65,9 +65,17 @@ class HeadStats:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: to a temporary name first, then renamed."""
         path = Path(path)
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("tokens", "provenance")}
+        tensors = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("tokens", "provenance")
+        }
         fresh = path.with_name(path.name + ".writing")
-        header = {"format": str(FORMAT), "tokens": str(self.tokens), "provenance": json.dumps(self.provenance)}
+        header = {
+            "format": str(FORMAT),
+            "tokens": str(self.tokens),
+            "provenance": json.dumps(self.provenance),
+        }
         save_file({k: v.contiguous() for k, v in tensors.items()}, fresh, metadata=header)
         fresh.rename(path)
 
@@ -77,6 +85,10 @@ class HeadStats:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
             if "tokens" not in header or int(header.get("format", "0")) > FORMAT:
-                raise ValueError(f"{path} holds no head statistics of format {FORMAT} or older: {header}")
+                raise ValueError(
+                    f"{path} holds no head statistics of format {FORMAT} or older: {header}"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        return cls(**tensors, tokens=int(header["tokens"]), provenance=json.loads(header["provenance"]))
+        return cls(
+            **tensors, tokens=int(header["tokens"]), provenance=json.loads(header["provenance"])
+        )

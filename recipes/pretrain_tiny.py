@@ -107,7 +107,9 @@ def optimizers(model: LlamaForCausalLM, config: Pretraining) -> list[torch.optim
         torch.optim.Muon(
             body, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95, nesterov=True
         ),
-        torch.optim.AdamW(rest, lr=config.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        torch.optim.AdamW(
+            rest, lr=config.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        ),
     ]
 
 
@@ -126,7 +128,9 @@ def held_out_loss(model: torch.nn.Module, rows: torch.Tensor, accelerator: Accel
     total = 0.0
     for batch in rows.split(16):
         with accelerator.autocast():
-            loss = model(input_ids=batch.to(accelerator.device), labels=batch.to(accelerator.device)).loss
+            loss = model(
+                input_ids=batch.to(accelerator.device), labels=batch.to(accelerator.device)
+            ).loss
         total += float(loss) * len(batch)
     model.train()
     return total / len(rows)
@@ -148,7 +152,9 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, obj
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--checkpoint-every", type=int, default=200)
     for name, value in asdict(Pretraining()).items():
@@ -161,9 +167,13 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision="bf16")
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
-        raise RuntimeError(f"{expected} processes were launched, accelerate sees {accelerator.num_processes}")
+        raise RuntimeError(
+            f"{expected} processes were launched, accelerate sees {accelerator.num_processes}"
+        )
     if config.batch % accelerator.num_processes:
-        raise ValueError(f"batch {config.batch} does not divide by {accelerator.num_processes} processes")
+        raise ValueError(
+            f"batch {config.batch} does not divide by {accelerator.num_processes} processes"
+        )
     set_seed(config.seed)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -196,12 +206,16 @@ def main() -> None:
         start, seconds, curve = progress["step"], progress["seconds"], progress["curve"]
 
     share = config.batch // accelerator.num_processes
-    bar = tqdm(total=config.steps, initial=start, disable=not accelerator.is_main_process, mininterval=10)
+    bar = tqdm(
+        total=config.steps, initial=start, disable=not accelerator.is_main_process, mininterval=10
+    )
     clock = time.perf_counter()
     for step in range(start, config.steps):
         first = step * config.batch
         epoch, offset = divmod(first, len(train) // config.batch * config.batch)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed + epoch))
+        order = torch.randperm(
+            len(train), generator=torch.Generator().manual_seed(config.seed + epoch)
+        )
         mine = offset + accelerator.process_index * share
         batch = train[order[mine : mine + share]].to(accelerator.device)
         for opt, lr in zip(opts, base_lr, strict=True):
@@ -209,7 +223,9 @@ def main() -> None:
                 group["lr"] = lr * schedule(step, config)
         loss = model(input_ids=batch, labels=batch).loss
         if not math.isfinite(float(loss)):
-            raise FloatingPointError(f"loss {float(loss)} at step {step}; last checkpoint in {checkpoint}")
+            raise FloatingPointError(
+                f"loss {float(loss)} at step {step}; last checkpoint in {checkpoint}"
+            )
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
@@ -220,7 +236,13 @@ def main() -> None:
             bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
         if (step + 1) % every == 0 or step + 1 == config.steps:
             elapsed = seconds + time.perf_counter() - clock
-            curve.append({"step": step + 1, "train": float(loss), "held_out": held_out_loss(model, held, accelerator)})
+            curve.append(
+                {
+                    "step": step + 1,
+                    "train": float(loss),
+                    "held_out": held_out_loss(model, held, accelerator),
+                }
+            )
             tqdm.write(f"{curve[-1]}  {elapsed:.0f} s")
             state = {"config": asdict(config), "step": step + 1, "seconds": elapsed, "curve": curve}
             save_checkpoint(accelerator, checkpoint, state)

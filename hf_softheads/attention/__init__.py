@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hf_softheads.attention.base import attend
+from hf_softheads.attention.base import attend as attend
 from hf_softheads.registry import did_you_mean, import_variants
 
 _classes = import_variants(__name__)

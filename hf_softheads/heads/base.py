@@ -64,7 +64,7 @@ class HeadSpec(Spec, kind="head"):
 
 
 class Head(nn.Module):
-    """Hidden states `(…, D)` to scores `(…, V)`, with everything a decoder or a loss needs without a `(tokens, V)` tensor.
+    """Hidden states `(…, D)` to scores `(…, V)`, and what decoders and losses need, without a `(tokens, V)` tensor.
 
     A variant implements `scores`; the methods below are correct for any variant, in chunks of tokens that are
     recomputed in the backward pass, and a variant overrides those that its structure makes cheaper. `forward`
@@ -80,8 +80,12 @@ class Head(nn.Module):
     def __init__(self, dim: int, vocab: int):
         super().__init__()
         self.in_features, self.out_features = dim, vocab
-        self.transform: LogitTransform | None = LogitTransform()  # None: the family does something unknown
-        self.targets: Tensor | None = None  # set for one call by the model's forward, to train without logits
+        self.transform: LogitTransform | None = (
+            LogitTransform()
+        )  # None: the family does something unknown
+        self.targets: Tensor | None = (
+            None  # set for one call by the model's forward, to train without logits
+        )
         self.nll: Tensor | None = None
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -93,7 +97,9 @@ class Head(nn.Module):
             return self.scores(hidden)
         targets, self.targets = self.targets, None
         self.nll = self.token_loss(hidden, targets)
-        return self.nll.unsqueeze(-1)  # stands in for the logits; the loss is built from this very tensor
+        return self.nll.unsqueeze(
+            -1
+        )  # stands in for the logits; the loss is built from this very tensor
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits `(…, V)` in fp32: raw scores through the family's transform."""
@@ -200,7 +206,9 @@ class Head(nn.Module):
             )
         return self.transform
 
-    def _in_chunks(self, function: Callable[..., Tensor], hidden: Tensor, *others: Tensor) -> Tensor:
+    def _in_chunks(
+        self, function: Callable[..., Tensor], hidden: Tensor, *others: Tensor
+    ) -> Tensor:
         """`function` over chunks of tokens whose logits fit in `_CHUNK_ELEMENTS`, recomputed in the backward pass."""
         shape = hidden.shape[:-1]
         tensors = [hidden.reshape(-1, hidden.shape[-1]), *(t.reshape(-1) for t in others)]
@@ -210,7 +218,9 @@ class Head(nn.Module):
         else:
             parts = zip(*(t.split(rows) for t in tensors), strict=True)
             if torch.is_grad_enabled():
-                out = torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
+                out = torch.cat(
+                    [checkpoint(function, *part, use_reentrant=False) for part in parts]
+                )
             else:
                 out = torch.cat([function(*part) for part in parts])
         return out.reshape(*shape, *out.shape[1:])
@@ -218,4 +228,6 @@ class Head(nn.Module):
 
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}; for the best token use topk(hidden, 1)")
+        raise ValueError(
+            f"temperature must be positive, got {temperature}; for the best token use topk(hidden, 1)"
+        )

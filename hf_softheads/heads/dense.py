@@ -23,7 +23,9 @@ class Dense(HeadSpec, name="dense"):
         return DenseHead(dim, vocab, bias=bias)
 
     @torch.no_grad()
-    def fit(self, head: DenseHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None) -> None:
+    def fit(
+        self, head: DenseHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
+    ) -> None:
         head.weight.copy_(weight)
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias)
