@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from hf_softheads.registry import Spec
 
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
+
+T = TypeVar("T")
 
 _CHUNK_ELEMENTS = 2**23  # logits held at once by the generic paths: 32 MiB in fp32
 
@@ -76,6 +78,7 @@ class Head(nn.Module):
     """
 
     weight: nn.Parameter
+    keep_in_fp32: ClassVar[tuple[str, ...]] = ()  # parameters that half precision would spoil
 
     def __init__(self, dim: int, vocab: int):
         super().__init__()
@@ -87,16 +90,17 @@ class Head(nn.Module):
             None  # set for one call by the model's forward, to train without logits
         )
         self.nll: Tensor | None = None
+        self._tables: dict[str, tuple[object, tuple[Tensor, ...], object]] = {}
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Raw scores `(…, V)`, before the family's transform."""
         raise NotImplementedError
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.targets is None:
+        if self.targets is None or self.targets.shape != hidden.shape[:-1]:
             return self.scores(hidden)
         targets, self.targets = self.targets, None
-        self.nll = self.token_loss(hidden, targets)
+        self.nll, self.counted = self.token_loss(hidden, targets), (targets != -100).sum()
         return self.nll.unsqueeze(
             -1
         )  # stands in for the logits; the loss is built from this very tensor
@@ -143,7 +147,7 @@ class Head(nn.Module):
         self, hidden: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> Tensor:
         """One token id per hidden state, `(…)`, drawn exactly from `softmax(logits / temperature)`."""
-        _check_temperature(temperature)
+        check_temperature(temperature)
 
         def chunk(h: Tensor) -> Tensor:
             z = self.logits(h) / temperature
@@ -182,6 +186,11 @@ class Head(nn.Module):
         return sum(t.numel() * t.element_size() for t in self.state_dict(keep_vars=True).values())
 
     @property
+    def path(self) -> str:
+        """What computes the scores, for `describe`: `torch`, or a kernel's name, or why there is none."""
+        return "torch"
+
+    @property
     def bytes_read(self) -> int:
         """Bytes read to score all tokens for one hidden state."""
         return self.nbytes
@@ -206,13 +215,40 @@ class Head(nn.Module):
             )
         return self.transform
 
+    def _derived(
+        self, name: str, build: Callable[[], T], *sources: Tensor, constants: Hashable = None
+    ) -> T:
+        """`build()`, kept until one of `sources` is replaced or written to, or `constants` differ.
+
+        For lookup tables that follow from parameters and codes and so have no place in a checkpoint.
+        """
+        if torch.compiler.is_compiling():
+            return build()
+        versions = tuple(0 if t.is_inference() else t._version for t in sources)
+        kept = self._tables.get(name)
+        if kept is not None:
+            value, old_sources, old_state = kept
+            same = all(a is b for a, b in zip(old_sources, sources, strict=True))
+            if same and old_state == (versions, constants):
+                return cast(T, value)
+        built = build()
+        self._tables[name] = built, sources, (versions, constants)
+        return built
+
     def _in_chunks(
-        self, function: Callable[..., Tensor], hidden: Tensor, *others: Tensor
+        self,
+        function: Callable[..., Tensor],
+        hidden: Tensor,
+        *others: Tensor,
+        width: int | None = None,
     ) -> Tensor:
-        """`function` over chunks of tokens whose logits fit in `_CHUNK_ELEMENTS`, recomputed in the backward pass."""
+        """`function` over chunks of tokens, recomputed in the backward pass.
+
+        `width`: elements that the function holds for one token (default V); a chunk holds `_CHUNK_ELEMENTS`.
+        """
         shape = hidden.shape[:-1]
         tensors = [hidden.reshape(-1, hidden.shape[-1]), *(t.reshape(-1) for t in others)]
-        rows = max(1, _CHUNK_ELEMENTS // self.out_features)
+        rows = max(1, _CHUNK_ELEMENTS // (width or self.out_features))
         if math.prod(shape) <= rows:
             out = function(*tensors)
         else:
@@ -226,8 +262,16 @@ class Head(nn.Module):
         return out.reshape(*shape, *out.shape[1:])
 
 
-def _check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless `temperature > 0`."""
     if not temperature > 0:
         raise ValueError(
             f"temperature must be positive, got {temperature}; for the best token use topk(hidden, 1)"
         )
+
+
+def index_dtype(values: int) -> torch.dtype:
+    """The smallest integer type that holds `0 … values - 1`; int32 from 32,769 on."""
+    if values <= 2**8:
+        return torch.uint8
+    return torch.int16 if values <= 2**15 else torch.int32

@@ -1,0 +1,165 @@
+"""Saving and loading: how a patched folder loads with plain `AutoModelForCausalLM.from_pretrained`.
+
+transformers offers one hook that may change a model's structure before its weights are read: a quantizer. Ours
+rebuilds the plan's modules on the meta device, lets transformers load into them as into any other (sharded,
+dispatched, in any dtype), and then removes every mark of a quantized model, so that training, PEFT and compilation
+see an ordinary one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer, register_quantizer
+
+from hf_softheads import bridge
+from hf_softheads.config import METHOD, SoftheadsConfig
+
+# Keys of config.json that make a transformers without this package refuse the folder, by name, instead of loading a
+# wrong model: recent versions read the first, older ones the second.
+_MARKERS = ("attn_implementation", "_attn_implementation")
+
+
+def plan_of(model: PreTrainedModel) -> SoftheadsConfig | None:
+    """The plan that a model is patched with, or None."""
+    plan = getattr(model.config, "quantization_config", None)
+    return plan if isinstance(plan, SoftheadsConfig) and isinstance(model, bridge.Adopted) else None
+
+
+def mark(model: PreTrainedModel, plan: SoftheadsConfig | None) -> None:
+    """Write the plan, and the marker that stops other readers, into the model's config; None removes both."""
+    fields = model.config.__dict__
+    if plan is None:
+        if isinstance(fields.get("quantization_config"), SoftheadsConfig):
+            del fields["quantization_config"]
+        for marker in _MARKERS:
+            fields.pop(marker, None)
+        return
+    plan.stats = None
+    fields["quantization_config"] = plan
+    for marker in _MARKERS:
+        fields[marker] = bridge.IMPLEMENTATION
+
+
+@register_quantizer(METHOD)
+class SoftheadsQuantizer(HfQuantizer):
+    """transformers' loading hooks for a `SoftheadsConfig`."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: SoftheadsConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.pre_quantized: bool
+        self.patched: bool = (
+            self.pre_quantized
+        )  # the folder is patched already; else patch after loading
+        self.inner: HfQuantizer | None = None
+        if quantization_config.inner is not None:
+            inner = dict(quantization_config.inner)
+            written = inner.pop("pre_quantized", True)
+            self.inner = AutoHfQuantizer.from_config(inner, pre_quantized=written)
+            self.pre_quantized = written
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if self.inner is not None:
+            self.inner.validate_environment(*args, **kwargs)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        # the marker has done its work; the real implementation is set when the variants are in place
+        for marker in _MARKERS:
+            config.__dict__.pop(marker, None)
+        if config._attn_implementation == bridge.IMPLEMENTATION:
+            config._attn_implementation = None
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from hf_softheads import patching
+
+        if self.inner is not None:
+            self.inner._process_model_before_weight_loading(model, **kwargs)
+        if not self.patched:
+            return
+        plan: SoftheadsConfig = self.quantization_config
+        strict = model._keep_in_fp32_modules_strict
+        if plan.head is not None and model.get_output_embeddings() is not None:
+            path, dense = bridge.find_head(model)
+            vocab, dim = dense.weight.shape
+            dtype: torch.dtype = dense.weight.dtype
+            plan.head.check(dim, vocab)
+            with torch.device("meta"):
+                head = plan.head.module(dim, vocab, bias=getattr(dense, "bias", None) is not None)
+            patching.cast(head, dtype)
+            patching.install_head(model, head)
+            strict.update(f"{path}.{name}" for name in head.keep_in_fp32)
+        if plan.attention is not None:
+            with torch.device("meta"):
+                variants = patching.build_variants(model, plan)
+            patching.install_attention(model, variants)
+            strict.add(bridge.CHILD)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from hf_softheads import patching
+
+        plan: SoftheadsConfig = self.quantization_config
+        if self.inner is not None:
+            self.inner._process_model_after_weight_loading(model, **kwargs)
+        else:
+            _remove_quantized_marks(model)
+        if self.patched:
+            bridge.adopt(model)
+            head = bridge.active_head(model)
+            if plan.head is not None and head is not None:
+                head.transform = bridge.logit_transform(model)
+            mark(model, plan)
+        else:
+            stats = plan.stats
+            del model.config.quantization_config
+            patching.patch(model, plan.head, plan.attention, plan.layers, stats=stats)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return self.inner is None or bool(self.inner.is_serializable(*args, **kwargs))
+
+    @property
+    def is_trainable(self) -> bool:
+        return self.inner is None or bool(self.inner.is_trainable)
+
+
+# What a quantizer of the backbone may override, passed on to it.
+def _forward_to_inner(name: str) -> Any:
+    def method(self: SoftheadsQuantizer, *args: Any, **kwargs: Any) -> Any:
+        target = (
+            getattr(super(SoftheadsQuantizer, self), name)
+            if self.inner is None
+            else getattr(self.inner, name)
+        )
+        return target(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+for _name in (
+    "update_dtype",
+    "update_device_map",
+    "adjust_max_memory",
+    "param_element_size",
+    "param_needs_quantization",
+    "get_quantize_ops",
+    "get_weight_conversions",
+    "update_weight_conversions",
+    "get_state_dict_and_metadata",
+):
+    if hasattr(HfQuantizer, _name):
+        setattr(SoftheadsQuantizer, _name, _forward_to_inner(_name))
+
+
+def _remove_quantized_marks(model: PreTrainedModel) -> None:
+    model.is_quantized = False
+    for name in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.__dict__.pop("_is_quantized", None)

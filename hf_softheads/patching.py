@@ -1,0 +1,399 @@
+"""The only file that changes a model: `patch`, `unpatch`, `describe`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_softheads import bridge, checkpoint
+from hf_softheads.attention.base import AttentionSpec, AttentionVariant
+from hf_softheads.config import SoftheadsConfig
+from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.tables import Table, human_bytes
+
+if TYPE_CHECKING:
+    from hf_softheads.stats import HeadStats
+
+M = TypeVar("M", bound=nn.Module)
+
+# Keywords of the attention interface that a variant may ignore: they change masks or caches, which arrive resolved.
+_HARMLESS = {
+    "position_ids",
+    "sliding_window",
+    "softcap",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "logits_to_keep",
+    "is_causal",
+    "cache_position",
+    "past_key_values",
+    "past_key_value",
+    "layer_head_mask",
+    "head_mask",
+    "position_embeddings",
+    "attention_dropout",
+    "return_dict",
+    "shared_kv_states",
+    "bidirectional_mask",
+}
+
+
+@dataclass
+class Original:
+    """What `unpatch` needs: the modules and settings that a patch took out."""
+
+    head: nn.Module | None = None
+    tied: bool = False
+    tied_keys: dict[str, str] | None = None
+    attention: str | None = None
+
+
+def patch(
+    model: M,
+    head: HeadSpec | Mapping[str, Any] | str | None = None,
+    attention: AttentionSpec | Mapping[Any, Any] | str | None = None,
+    layers: Sequence[int] | None = None,
+    *,
+    stats: HeadStats | None = None,
+) -> M:
+    """Replace the LM head, the attention softmax, or both, in place; the new parts start from the trained weights.
+
+    The model stays an instance of its own architecture: `generate`, `Trainer`, PEFT and `save_pretrained` work as
+    before, and the saved folder loads with `AutoModelForCausalLM.from_pretrained` after `import hf_softheads`.
+
+    Args:
+        model: a transformers model (or a PEFT model around one), with its weights loaded.
+        head: a head variant such as `heads.VQ(codes=4096)`.
+        attention: an attention variant such as `attention.SSMax()`, or `{layer: variant}`.
+        layers: the layers that get `attention`; default all.
+        stats: what `collect` found, for fits that use it.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: anything that cannot be done, with the reason, before anything has changed.
+        TypeError: `model` is not a transformers model.
+    """
+    plan = SoftheadsConfig(head=head, attention=attention, layers=layers)
+    if plan.head is None and plan.attention is None:
+        raise ValueError("nothing to do: give head=…, attention=…, or both")
+    base = _base_model(model)
+    present = checkpoint.plan_of(base)
+    for part in ("head", "attention"):
+        if present is not None and getattr(plan, part) and getattr(present, part):
+            raise ValueError(
+                f"this model's {part} is already patched with {getattr(present, part)}; call "
+                "hf_softheads.unpatch(model) first, or load the original model"
+            )
+    new_head = None if plan.head is None else _fitted_head(base, plan.head, stats)
+    variants = _fresh_variants(base, plan)
+
+    original = base.__dict__.get("_softheads_original", Original())
+    before = _remember(base, original)
+    try:
+        if new_head is not None:
+            original.head = base.get_output_embeddings()
+            install_head(base, new_head)
+            new_head.transform = bridge.logit_transform(base)
+        if variants:
+            original.attention = base.config._attn_implementation
+            install_attention(base, variants)
+            _probe(base, variants)
+        if present is not None:
+            plan = SoftheadsConfig(
+                head=plan.head or present.head,
+                attention=plan.attention or present.attention,
+                layers=plan.layers or present.layers,
+                inner=present.inner,
+            )
+        checkpoint.mark(base, plan)
+    except BaseException:
+        _restore(base, *before, new_head is not None, variants)
+        raise
+    object.__setattr__(base, "_softheads_original", original)
+    return model
+
+
+def unpatch(model: M) -> M:
+    """Put back what `patch` took out, bit for bit.
+
+    Raises:
+        ValueError: the model was not patched in this process (a loaded checkpoint no longer holds the dense head).
+    """
+    base = _base_model(model)
+    plan = checkpoint.plan_of(base)
+    original = base.__dict__.get("_softheads_original")
+    if plan is None:
+        raise ValueError("this model is not patched")
+    if plan.head is not None and (original is None or original.head is None):
+        raise ValueError(
+            "the dense head is no longer there: this model was loaded from a patched checkpoint; load the original "
+            "model instead"
+        )
+    original = original or Original()
+    _restore(base, original, None, plan.head is not None, bridge.attention_layers(base))
+    base.__dict__.pop("_softheads_original", None)
+    return model
+
+
+def dense_head(model: nn.Module) -> nn.Module:
+    """The head that `patch` took out: the teacher for a repair on the same hidden states.
+
+    Raises:
+        ValueError: the model was not patched in this process.
+    """
+    original = _base_model(model).__dict__.get("_softheads_original")
+    if original is None or original.head is None:
+        raise ValueError(
+            "this model does not hold its dense head: it was loaded from a patched checkpoint, or its head was never "
+            "patched; load the original model and give its get_output_embeddings()"
+        )
+    head: nn.Module = original.head
+    return head
+
+
+# -- describe ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is patched; prints as a table."""
+
+    table: Table
+    notes: list[str]
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.table), *(f"  {note}" for note in self.notes)])
+
+
+def describe(model: nn.Module) -> Description:
+    """Which parts are patched with what: new parameters, bytes, and which path computes them."""
+    base = _base_model(model)
+    plan = checkpoint.plan_of(base)
+    table = Table(["part", "variant", "parameters", "bytes", "computed by"])
+    notes: list[str] = []
+    head = bridge.active_head(base)
+    if isinstance(head, Head) and plan is not None and plan.head is not None:
+        dense = head.in_features * head.out_features
+        share = head.n_parameters / dense
+        table.add(
+            bridge.find_head(base)[0],
+            _short(plan.head),
+            f"{head.n_parameters:,} ({share:.2%} of dense)",
+            human_bytes(head.nbytes),
+            head.path,
+        )
+        notes += head.notes()
+        if head.transform is None:
+            notes.append(
+                "logits are changed after the head in an unknown way: no loss without logits"
+            )
+        if base.__dict__.get("_softheads_original", Original()).tied:
+            notes.append("the input embedding was tied to the head and is now a copy of its own")
+    layers = bridge.attention_layers(base)
+    for path, module in layers.values():
+        variant = getattr(module, bridge.CHILD, None)
+        if isinstance(variant, AttentionVariant):
+            count = sum(p.numel() for p in variant.parameters())
+            size = sum(p.numel() * p.element_size() for p in variant.parameters())
+            table.add(
+                path, _short(variant.spec), f"{count:,}", human_bytes(size), variant.spec.path()
+            )
+    if not table.rows:
+        notes.append(
+            f"{type(base).__name__} is not patched ({len(layers)} attention layers could be)"
+        )
+    return Description(table, notes)
+
+
+def _short(spec: HeadSpec | AttentionSpec) -> str:
+    # `name(field=value, …)` with the fields that differ from their default
+    set_here = [f for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default]
+    return f"{spec.name}({', '.join(f'{f.name}={getattr(spec, f.name)}' for f in set_here)})"
+
+
+# -- steps shared with the loader --------------------------------------------------------------------------------------
+
+
+def install_head(model: PreTrainedModel, head: Head) -> None:
+    """Put a head in place of the output embedding and untie it from the input embedding."""
+    path, _ = bridge.find_head(model)
+    bridge.adopt(model)
+    model.set_output_embeddings(head)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied is not None:
+        model.all_tied_weights_keys = {
+            target: source
+            for target, source in tied.items()
+            if not (target.startswith(f"{path}.") or source.startswith(f"{path}."))
+        }
+
+
+def install_attention(model: PreTrainedModel, variants: dict[int, AttentionVariant]) -> None:
+    """Give the chosen layers their variant and route the model's attention through it."""
+    layers = bridge.attention_layers(model)
+    for index, variant in variants.items():
+        layers[index][1].add_module(bridge.CHILD, variant)
+    bridge.adopt(model)
+    model.set_attn_implementation(bridge.IMPLEMENTATION)
+
+
+def build_variants(model: PreTrainedModel, plan: SoftheadsConfig) -> dict[int, AttentionVariant]:
+    """Fresh modules for the plan's layers.
+
+    Raises:
+        ValueError: the family computes its attention itself, or a layer does not exist.
+    """
+    if plan.attention is None:
+        return {}
+    layers = bridge.attention_layers(model)
+    if not layers or not model._can_set_attn_implementation():
+        raise ValueError(
+            f"{type(model).__name__} ({model.config.model_type}) computes its attention itself instead of through "
+            "transformers' attention interface, so its softmax cannot be replaced; its head can"
+        )
+    keys = list(layers)
+    wanted = plan.attention_by_layer(len(keys))
+    return {
+        keys[i]: spec.module(bridge.geometry(model, keys[i], layers[keys[i]][1]))
+        for i, spec in wanted.items()
+    }
+
+
+# -- details -----------------------------------------------------------------------------------------------------------
+
+
+def _base_model(model: nn.Module) -> PreTrainedModel:
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+    return inner
+
+
+def _fitted_head(model: PreTrainedModel, spec: HeadSpec, stats: HeadStats | None) -> Head:
+    path, dense = bridge.find_head(model)
+    weight: Tensor = dense.weight
+    bias: Tensor | None = getattr(dense, "bias", None)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"{path}.{name} is not in memory (meta device or offloaded to disk); load the model without "
+                "offloading, patch it, save it, and offload what you saved"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{path}.{name} is quantized ({tensor.dtype}); patch the head of the original model"
+            )
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise ValueError(
+                f"{path}.{name} holds {bad} NaN or infinite values; a fit would spread them"
+            )
+    vocab, dim = weight.shape
+    spec.check(dim, vocab)
+    if stats is not None:
+        stats.check(dim, vocab)
+    with torch.device(weight.device):
+        head = spec.module(dim, vocab, bias=bias is not None)
+    spec.fit(head, weight.detach().float(), None if bias is None else bias.detach().float(), stats)
+    cast(head, weight.dtype)
+    head.requires_grad_(weight.requires_grad)
+    head.train(dense.training)
+    if hasattr(dense, "_hf_hook"):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(head, dense._hf_hook)
+    return head
+
+
+def cast(head: Head, dtype: torch.dtype) -> None:
+    """Parameters to `dtype`, but for those that the head keeps in fp32."""
+    for name, parameter in head.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(
+                torch.float32 if name in head.keep_in_fp32 else dtype
+            )
+
+
+def _fresh_variants(model: PreTrainedModel, plan: SoftheadsConfig) -> dict[int, AttentionVariant]:
+    variants = build_variants(model, plan)
+    layers = bridge.attention_layers(model)
+    for index, variant in variants.items():
+        device = next(p.device for p in layers[index][1].parameters())
+        if device.type == "meta":
+            raise ValueError(
+                f"{layers[index][0]} is not in memory (meta device or offloaded); patch before offloading"
+            )
+        variant.to(device=device, dtype=torch.float32)
+        variant.reset_parameters()
+        variant.train(layers[index][1].training)
+    return variants
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, variants: dict[int, AttentionVariant]) -> None:
+    """Run a few tokens: every chosen layer must have been called, with nothing it would wrongly ignore."""
+    modes = {module: module.training for module in model.modules()}
+    calls: dict[int, list[set[str]]] = {index: [] for index in variants}
+    for index, variant in variants.items():
+        variant.__dict__["probe"] = calls[index]
+    try:
+        model.eval()
+        model(input_ids=torch.arange(1, 5, device=model.device).unsqueeze(0), use_cache=False)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for variant in variants.values():
+            variant.__dict__.pop("probe", None)
+    silent = [index for index, seen in calls.items() if not seen]
+    if silent:
+        raise ValueError(
+            f"the attention of layers {silent} was never called: {type(model).__name__} bypasses it"
+        )
+    unknown = set().union(*(names for seen in calls.values() for names in seen)) - _HARMLESS
+    if unknown:
+        raise ValueError(
+            f"{type(model).__name__} passes {', '.join(sorted(unknown))} to its attention, which this variant would "
+            "ignore; its outputs would be silently wrong"
+        )
+
+
+def _remember(model: PreTrainedModel, original: Original) -> tuple[Original, Any]:
+    if original.head is None:
+        config = model.config.get_text_config()
+        original.tied = bool(getattr(config, "tie_word_embeddings", False))
+        original.tied_keys = dict(getattr(model, "all_tied_weights_keys", {}) or {})
+    return original, checkpoint.plan_of(model)
+
+
+def _restore(
+    model: PreTrainedModel, original: Original, plan: Any, head: bool, layers: Mapping[int, Any]
+) -> None:
+    if layers and original.attention is not None:
+        for _, module in bridge.attention_layers(model).values():
+            module._modules.pop(bridge.CHILD, None)
+        model.set_attn_implementation(original.attention)
+    if head and original.head is not None:
+        model.set_output_embeddings(original.head)
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = original.tied
+        model.all_tied_weights_keys = original.tied_keys
+        original.head = None
+    checkpoint.mark(model, plan)
+    if plan is None:
+        bridge.disown(model)
