@@ -1,0 +1,312 @@
+"""What every attention variant is: a spec that turns scores into weights, or queries into scaled queries.
+
+A variant overrides one of two methods of `AttentionSpec`, or both:
+
+* `weights(scores, keep, params)`: another row map. Runs over blocks of queries (`blocked.py`).
+* `scale_queries(query, n_keys, params, hidden)`: the softmax with another temperature. Runs on
+  `F.scaled_dot_product_attention`.
+
+A variant that is more than a row map (normalised keys, an output gate, a mixture) overrides `forward`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_softheads.attention import blocked, fused
+from hf_softheads.registry import Spec
+
+Params = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of one attention layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    layer_idx: int = 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One attention call.
+
+    Attributes:
+        query: `(B, H, Q, D)`.
+        key: `(B, Hkv, K, D)`; query head h reads key head `h // (H // Hkv)`.
+        value: `(B, Hkv, K, Dv)`.
+        keep: bool `(1|B, 1|H, Q, K)`, True where a query may see a key; None: causal, the last query sees all keys.
+        scaling: factor of `query · key`.
+        softcap: scores become `softcap · tanh(scores / softcap)`.
+        bias: float, broadcastable to `(B, H, Q, K)`, added to the scores.
+        slopes: `(H,)`, adds `slopes · (m - n)`, m the index of the query's own key, n that of the key (ALiBi).
+        window: a query sees only the `window` latest of its keys, its own one included.
+        hidden: the layer's input `(B, Q, hidden_size)`, for variants with `needs_hidden`.
+        causal: the own key of a query is the last one it sees; otherwise the one at its own index (encoders).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    keep: Tensor | None
+    scaling: float
+    softcap: float | None = None
+    bias: Tensor | None = None
+    slopes: Tensor | None = None
+    window: int | None = None
+    hidden: Tensor | None = None
+    causal: bool = True
+
+    def but(self, **changes: Any) -> Inputs:
+        """A copy with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+    def n_keys(self) -> Tensor:
+        """How many keys each query sees, `(1|B, 1|H, Q, 1)` int64; from the mask, never from positions."""
+        if self.keep is not None:
+            return self.keep.sum(-1, keepdim=True)
+        queries, keys = self.query.shape[2], self.key.shape[2]
+        seen = torch.arange(keys - queries + 1, keys + 1, device=self.query.device)
+        return seen.view(1, 1, -1, 1)
+
+
+@dataclass(frozen=True)
+class AttentionSpec(Spec, kind="attention"):
+    """An attention variant: hyper-parameters, parameters and the map from scores to weights.
+
+    The class-level tags describe the map; `docs/variants.md` lists them.
+    """
+
+    sums_to_one: ClassVar[bool] = True
+    exact_zeros: ClassVar[bool] = False  # among the keys that are visible
+    sinks: ClassVar[bool] = True  # heads still need a key to dump weight on
+    training_free: ClassVar[bool] = False  # a pretrained model keeps its quality without training
+    decode_safe: ClassVar[bool] = True  # a step over a cache equals the full forward
+    needs_hidden: ClassVar[bool] = False  # reads the layer's input
+
+    def init_params(self, geometry: Geometry) -> dict[str, Tensor]:
+        """Fresh parameters by name, fp32."""
+        return {}
+
+    def scale_queries(
+        self, query: Tensor, n_keys: Tensor, params: Params, hidden: Tensor | None
+    ) -> Tensor:
+        """Query `(B, H, Q, D)` fp32 times a temperature; `n_keys (1|B, 1|H, Q, 1)` is at least 1."""
+        return query
+
+    def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
+        """Scores `(B, H, Q, K)` fp32 to weights: exactly 0 where `~keep`, a row that keeps nothing is 0 throughout."""
+        return softmax(scores, keep)
+
+    def weights_vjp(
+        self, scores: Tensor, keep: Tensor, params: Params, grad: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The weights and the gradients of scores and parameters; override where a closed form is faster."""
+        return blocked.weights_vjp(self.weights, scores, keep, params, grad)
+
+    def forward(self, inputs: Inputs, params: Params) -> Tensor:
+        """Attention output `(B, H, Q, Dv)`, fp32 or the inputs' dtype."""
+        if self._overrides("scale_queries"):
+            wide = fused.exact(inputs.query)
+            scaled = self.scale_queries(wide, inputs.n_keys().clamp(min=1), params, inputs.hidden)
+            inputs = inputs.but(query=scaled)
+        if self._overrides("weights") or not fused.possible(inputs):
+            return blocked.attend(self, inputs, params)
+        return fused.attend(inputs)
+
+    def path(self) -> str:
+        """How a layer with this variant runs, for `describe`."""
+        if self._overrides("weights"):
+            return "query blocks (another row map than softmax), recomputed in the backward pass"
+        return "scaled_dot_product_attention"
+
+    def module(self, geometry: Geometry) -> AttentionVariant:
+        """The module that a patched layer holds as its child `softheads`."""
+        return AttentionVariant(self, geometry)
+
+    def _overrides(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(AttentionSpec, method)
+
+
+class AttentionVariant(nn.Module):
+    """A spec with its parameters: what an attention layer calls instead of its softmax.
+
+    Parameters are registered under the names that `init_params` gives and read only inside `forward`, so that
+    offloading, FSDP and PEFT may move them.
+    """
+
+    def __init__(self, spec: AttentionSpec, geometry: Geometry):
+        super().__init__()
+        self.spec, self.geometry = spec, geometry
+        for name, value in spec.init_params(geometry).items():
+            self.register_parameter(name, nn.Parameter(value))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise every parameter; called by transformers for keys that a checkpoint lacks."""
+        with torch.device("cpu"):
+            fresh = self.spec.init_params(self.geometry)
+        for name, value in fresh.items():
+            parameter = getattr(self, name)
+            if not getattr(parameter, "_is_hf_initialized", False):
+                parameter.copy_(value)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keep: Tensor | None,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+        hidden: Tensor | None = None,
+        causal: bool = True,
+    ) -> Tensor:
+        """`(B, H, Q, Dv)` in the query's dtype; arguments as in `Inputs`."""
+        params = dict(self.named_parameters(recurse=False))
+        return _run(
+            self.spec, params, query, key, value, keep, scaling, softcap, bias, hidden, causal
+        )
+
+    def extra_repr(self) -> str:
+        return repr(self.spec)
+
+
+def attend(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None = None,
+    *,
+    params: Params | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    hidden: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """Attention with any variant, as a function: what tests, kernels and patched models all go through.
+
+        scores = query @ repeat(key).mT * scaling
+        return spec.weights(scores, keep) @ repeat(value)
+
+    in blocks of queries, never a `(Q, K)` matrix per head; scores and weights are fp32 (float64 for float64 inputs).
+
+    Args:
+        query: `(B, H, Q, D)`.
+        key, value: `(B, Hkv, K, D)` with `H` a multiple of `Hkv`.
+        keep: bool, broadcastable to `(B, H, Q, K)`; None is causal with offset `K - Q`.
+        params: as `spec.init_params` names them; None takes the fresh ones.
+        scaling: default `D ** -0.5`.
+        softcap, bias, hidden, causal: see `Inputs`.
+
+    Returns:
+        `(B, H, Q, D)` in the query's dtype. A query that sees no key gives exactly 0, with gradient 0.
+
+    Raises:
+        ValueError: shapes that do not fit, missing or unknown parameters, a variant that needs `hidden`.
+        TypeError: `keep` is not boolean.
+    """
+    if params is None:
+        geometry = Geometry(
+            heads=query.shape[1],
+            kv_heads=key.shape[1],
+            head_dim=query.shape[-1],
+            hidden_size=hidden.shape[-1] if hidden is not None else 0,
+        )
+        params = {k: v.to(query.device) for k, v in spec.init_params(geometry).items()}
+    return _run(spec, params, query, key, value, keep, scaling, softcap, bias, hidden, causal)
+
+
+def softmax(scores: Tensor, keep: Tensor) -> Tensor:
+    """Softmax over the kept keys; 0 elsewhere, also in rows that keep nothing."""
+    lowest = torch.finfo(scores.dtype).min
+    return scores.masked_fill(~keep, lowest).softmax(-1).masked_fill(~keep, 0)
+
+
+def per_head(parameter: Tensor) -> Tensor:
+    """`(H,)` to `(1, H, 1, 1)`."""
+    return parameter.view(1, -1, 1, 1)
+
+
+def _run(
+    spec: AttentionSpec,
+    params: Params,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    bias: Tensor | None,
+    hidden: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    _check_shapes(query, key, value)
+    if spec.needs_hidden and hidden is None:
+        raise ValueError(
+            f"{spec.name} reads the layer's input: pass hidden=(B, Q, hidden_size), the tensor that the layer's "
+            "query projection reads"
+        )
+    inputs = Inputs(
+        query=query,
+        key=key,
+        value=value,
+        keep=_four_dimensional(keep, query, key),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        softcap=softcap,
+        bias=bias,
+        hidden=hidden,
+        causal=causal,
+    )
+    with torch.autocast(query.device.type, enabled=False):  # fp32 inside means fp32
+        return spec.forward(inputs, params).to(query.dtype)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not query.ndim == key.ndim == value.ndim == 4:
+        raise ValueError(f"expected (B, H, Q, D) and twice (B, Hkv, K, D), got {shapes}")
+    if query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key differ in batch or head dimension: {shapes}")
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"key and value differ in batch, heads or length: {shapes}")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"the number of query heads must be a multiple of that of key heads: {shapes}"
+        )
+
+
+def _four_dimensional(keep: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """`keep` as `(1|B, 1|H, Q, K)`, a view."""
+    full = (*query.shape[:3], key.shape[2])
+    if keep is None:
+        if full[2] > full[3]:
+            raise ValueError(
+                f"{full[2]} queries and only {full[3]} keys cannot be causal; pass keep explicitly"
+            )
+        return None
+    if keep.dtype != torch.bool:
+        raise TypeError(
+            f"keep must be a boolean mask (True = may attend), got {keep.dtype}; "
+            "an additive mask becomes one by `mask > torch.finfo(mask.dtype).min / 2`"
+        )
+    padded = keep[(None,) * (4 - keep.ndim)] if keep.ndim < 4 else keep
+    fits = padded.ndim == 4 and all(k in (1, n) for k, n in zip(padded.shape, full, strict=True))
+    if not fits:
+        raise ValueError(
+            f"keep of shape {tuple(keep.shape)} does not broadcast to (B, H, Q, K) = {full}"
+        )
+    return padded.expand(-1, -1, full[2], full[3])

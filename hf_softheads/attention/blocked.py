@@ -1,0 +1,266 @@
+"""Attention with any row map, over blocks of queries: memory O(Q + K) per head, recomputed in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from hf_softheads.attention.base import AttentionSpec, Inputs, Params
+
+_ROWS = 64  # queries of one block
+_SCORES = 2**21  # scores of one block: 8 MiB in fp32, so that every pass over them stays in cache
+
+
+def attend(spec: AttentionSpec, inputs: Inputs, params: Params) -> Tensor:
+    """`spec.weights(scores) @ value`, `(B, H, Q, Dv)` in fp32 (float64 for float64 inputs)."""
+    inputs = _widened(inputs)
+    if torch.compiler.is_compiling():
+        return _traceable(spec, inputs, params)
+    names = tuple(params)
+    tensors = (inputs.query, inputs.key, inputs.value, inputs.bias, inputs.slopes)
+    rest = inputs.but(query=None, key=None, value=None, bias=None, slopes=None, hidden=None)
+    out: Tensor = _Blocked.apply(spec, rest, names, *tensors, *params.values())
+    return out
+
+
+def whole(spec: AttentionSpec, inputs: Inputs, params: Params) -> Tensor:
+    """The same by one `(B, H, Q, K)` matrix and autograd: the definition that the blocks are tested against."""
+    inputs = _widened(inputs)
+    rows, columns = slice(0, inputs.query.shape[2]), slice(0, inputs.key.shape[2])
+    block = Block(slice(0, inputs.query.shape[0]), rows, columns)
+    group = inputs.query.shape[1] // inputs.key.shape[1]
+    key = inputs.key.repeat_interleave(group, 1)
+    value = inputs.value.repeat_interleave(group, 1)
+    raw = inputs.query @ key.mT * inputs.scaling
+    scores = _finished(inputs, block, _capped(inputs, raw))
+    return spec.weights(scores, _kept(inputs, block), params) @ value
+
+
+def weights_vjp(
+    weights: Callable[[Tensor, Tensor, Params], Tensor],
+    scores: Tensor,
+    keep: Tensor,
+    params: Params,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The weights of one block and the gradients of its scores and of the parameters, by autograd."""
+    with torch.enable_grad():
+        leaf = scores.detach().requires_grad_()
+        leaves = {n: p.detach().requires_grad_(p.requires_grad) for n, p in params.items()}
+        out = weights(leaf, keep, leaves)
+    trained = [n for n, p in leaves.items() if p.requires_grad]
+    if not out.requires_grad:  # a map that is constant in the scores
+        return out, torch.zeros_like(scores), {}
+    wanted = [leaf, *(leaves[n] for n in trained)]
+    grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
+    by_name = {n: g for n, g in zip(trained, grads[1:], strict=True) if g is not None}
+    return out.detach(), grads[0] if grads[0] is not None else torch.zeros_like(scores), by_name
+
+
+@dataclass(frozen=True)
+class Block:
+    """Which samples and queries, and the range of keys that any of them sees."""
+
+    batch: slice
+    rows: slice
+    columns: slice
+
+
+class _Blocked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, spec: AttentionSpec, rest: Inputs, names: Any, *tensors: Any) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.spec, ctx.rest, ctx.names = spec, rest, names
+        inputs, params = _unpack(rest, names, tensors)
+        query, value = inputs.query, inputs.value
+        out = query.new_empty(*query.shape[:3], value.shape[-1])
+        ctx.blocks = list(_blocks(inputs))
+        for block in ctx.blocks:
+            scores = _finished(inputs, block, _capped(inputs, _raw(inputs, block)))
+            weights = spec.weights(scores, _kept(inputs, block), params)
+            out[block.batch, :, block.rows] = _times(weights, value[block.batch, :, block.columns])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        inputs, params = _unpack(ctx.rest, ctx.names, ctx.saved_tensors)
+        needs = ctx.needs_input_grad[3:]
+        params = {
+            name: p.detach().requires_grad_(need)
+            for (name, p), need in zip(params.items(), needs[5:], strict=True)
+        }
+        query, key, value = inputs.query, inputs.key, inputs.value
+        dq, dk, dv = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        dbias = None if inputs.bias is None or not needs[3] else torch.zeros_like(inputs.bias)
+        trained = inputs.slopes if needs[4] else None
+        dslopes = None if trained is None else torch.zeros_like(trained)
+        dparams = {n: torch.zeros_like(p) for n, p in params.items() if p.requires_grad}
+        with torch.autocast(query.device.type, enabled=False):
+            for block in ctx.blocks:
+                batch, rows, columns = block.batch, block.rows, block.columns
+                out_grad = grad[batch, :, rows]
+                capped = _capped(inputs, _raw(inputs, block))
+                scores = _finished(inputs, block, capped)
+                weights, dscores, by_name = ctx.spec.weights_vjp(
+                    scores,
+                    _kept(inputs, block),
+                    params,
+                    _times(out_grad, value[batch, :, columns].mT),
+                )
+                for name, gradient in by_name.items():
+                    dparams[name] += gradient
+                if dbias is not None:
+                    part = _bias_part(dbias, block)
+                    part += dscores.sum_to_size(part.shape)
+                if dslopes is not None:
+                    dslopes += (dscores * _distance(inputs, block)).sum((0, 2, 3))
+                if inputs.softcap is not None:
+                    dscores = dscores * (1 - (capped / inputs.softcap).square())
+                dv[batch, :, columns] += _transposed_times(weights, out_grad, value.shape[1])
+                dscores = dscores * inputs.scaling
+                dq[batch, :, rows] = _times(dscores, key[batch, :, columns])
+                dk[batch, :, columns] += _transposed_times(
+                    dscores, query[batch, :, rows], key.shape[1]
+                )
+        return (None, None, None, dq, dk, dv, dbias, dslopes, *(dparams.get(n) for n in params))
+
+
+def _traceable(spec: AttentionSpec, inputs: Inputs, params: Params) -> Tensor:
+    """The same blocks for torch.compile: plain operations, checkpointed instead of a hand-written backward."""
+
+    def one(block: Block, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        part = inputs.but(query=query, key=key, value=value)
+        scores = _finished(part, block, _capped(part, _raw(part, block)))
+        weights = spec.weights(scores, _kept(part, block), params)
+        return _times(weights, value[block.batch, :, block.columns])
+
+    arguments = (inputs.query, inputs.key, inputs.value)
+    parts = []
+    for first in range(0, inputs.query.shape[2], _ROWS):
+        rows = slice(first, min(first + _ROWS, inputs.query.shape[2]))
+        block = Block(slice(0, inputs.query.shape[0]), rows, _columns(inputs, rows))
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(one, block, *arguments, use_reentrant=False))
+        else:
+            parts.append(one(block, *arguments))
+    return torch.cat(parts, 2)
+
+
+def _widened(inputs: Inputs) -> Inputs:
+    dtype = torch.promote_types(inputs.query.dtype, torch.float32)
+    return inputs.but(
+        query=inputs.query.to(dtype),
+        key=inputs.key.to(dtype).contiguous(),
+        value=inputs.value.to(dtype).contiguous(),
+    )
+
+
+def _unpack(rest: Inputs, names: Any, tensors: Any) -> tuple[Inputs, dict[str, Tensor]]:
+    query, key, value, bias, slopes = tensors[:5]
+    inputs = rest.but(query=query, key=key, value=value, bias=bias, slopes=slopes)
+    return inputs, dict(zip(names, tensors[5:], strict=True))
+
+
+def _blocks(inputs: Inputs) -> Iterator[Block]:
+    batch, heads, queries, _ = inputs.query.shape
+    keys = inputs.key.shape[2]
+    rows = max(1, min(_ROWS, queries))
+    samples = max(1, min(batch, _SCORES // (heads * rows * keys)))
+    for start in range(0, batch, samples):
+        chosen = slice(start, min(start + samples, batch))
+        for first in range(0, queries, rows):
+            here = slice(first, min(first + rows, queries))
+            columns = _columns(inputs, here, chosen)
+            yield Block(chosen, here, columns)
+
+
+def _columns(inputs: Inputs, rows: slice, batch: slice | None = None) -> slice:
+    """The range of keys that any query of a block sees; looked up in the mask where that breaks no graph."""
+    queries, keys = inputs.query.shape[2], inputs.key.shape[2]
+    if inputs.keep is None:
+        offset = keys - queries
+        reach = keys if inputs.window is None else inputs.window
+        return slice(max(0, rows.start + offset + 1 - reach), rows.stop + offset)
+    if batch is None or queries == 1:
+        return slice(0, keys)
+    keep = inputs.keep if inputs.keep.shape[0] == 1 else inputs.keep[batch]
+    seen = keep[:, :, rows].flatten(0, 2).any(0).nonzero()
+    if not len(seen):
+        return slice(0, 1)  # nothing at all: one key keeps the row maps free of empty reductions
+    return slice(int(seen[0]), int(seen[-1]) + 1)
+
+
+def _raw(inputs: Inputs, block: Block) -> Tensor:
+    query = inputs.query[block.batch, :, block.rows] * inputs.scaling
+    return _times(query, inputs.key[block.batch, :, block.columns].mT)
+
+
+def _capped(inputs: Inputs, scores: Tensor) -> Tensor:
+    if inputs.softcap is None:
+        return scores
+    return (scores / inputs.softcap).tanh() * inputs.softcap
+
+
+def _finished(inputs: Inputs, block: Block, scores: Tensor) -> Tensor:
+    if inputs.bias is not None:
+        scores = scores + _bias_part(inputs.bias, block)
+    if inputs.slopes is not None:
+        scores = scores + inputs.slopes.view(1, -1, 1, 1) * _distance(inputs, block)
+    return scores
+
+
+def _bias_part(bias: Tensor, block: Block) -> Tensor:
+    bias = bias[(None,) * (4 - bias.ndim)]
+    wanted = (block.batch, slice(None), block.rows, block.columns)
+    return bias[tuple(w if n > 1 else slice(None) for w, n in zip(wanted, bias.shape, strict=True))]
+
+
+def _kept(inputs: Inputs, block: Block) -> Tensor:
+    """The block's mask, bool, broadcastable to its scores."""
+    if inputs.keep is not None:
+        keep = inputs.keep if inputs.keep.shape[0] == 1 else inputs.keep[block.batch]
+        keep = keep[:, :, block.rows, block.columns]
+        return keep if inputs.window is None else keep & (_distance(inputs, block) < inputs.window)
+    distance = _distance(inputs, block)
+    keep = distance >= 0
+    return keep if inputs.window is None else keep & (distance < inputs.window)
+
+
+def _distance(inputs: Inputs, block: Block) -> Tensor:
+    """Index of each query's own key minus the key's index, `(…, Q, K)` of the block."""
+    queries, keys = inputs.query.shape[2], inputs.key.shape[2]
+    device = inputs.query.device
+    if inputs.causal and inputs.keep is not None:
+        keep = inputs.keep if inputs.keep.shape[0] == 1 else inputs.keep[block.batch]
+        seen = keep[:, :, block.rows].int()
+        own = keys - 1 - seen.flip(-1).argmax(-1, keepdim=True)
+    else:
+        own = torch.arange(block.rows.start, block.rows.stop, device=device) + (keys - queries)
+        own = own.view(1, 1, -1, 1)
+    return own - torch.arange(block.columns.start, block.columns.stop, device=device)
+
+
+def _times(rows: Tensor, columns: Tensor) -> Tensor:
+    """`(B, H, Q, X) @ (B, Hkv, X, Y)`; the query heads of a group are stacked as rows, so nothing is repeated."""
+    batch, heads, queries, _ = rows.shape
+    kv_heads = columns.shape[1]
+    if heads == kv_heads:
+        return rows @ columns
+    stacked = rows.reshape(batch, kv_heads, heads // kv_heads * queries, -1)
+    return (stacked @ columns).view(batch, heads, queries, -1)
+
+
+def _transposed_times(left: Tensor, right: Tensor, kv_heads: int) -> Tensor:
+    """`(B, H, Q, X)ᵀ (B, H, Q, Y)` summed over each group: `(B, Hkv, X, Y)`."""
+    batch, heads, queries, _ = left.shape
+    stacked = heads // kv_heads * queries
+    left = left.reshape(batch, kv_heads, stacked, -1)
+    return left.mT @ right.reshape(batch, kv_heads, stacked, -1)

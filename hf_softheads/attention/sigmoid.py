@@ -1,0 +1,70 @@
+"""Sigmoid attention: every weight on its own, no normalisation over the row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from hf_softheads.attention.base import AttentionSpec, Inputs, Params
+
+
+@dataclass(frozen=True)
+class Sigmoid(AttentionSpec, name="sigmoid"):
+    """`w = σ(z + b)`, divided by 1, √n or n
+
+    Source: arXiv:2409.04431. The paper recommends the constant `bias = -log(training length)`.
+
+    Args:
+        bias: b, a constant.
+        row_bias: added to b in every row. `"log_n"`: `-log n`, n the keys that the row sees; `"lse"`: `-log Σ exp(z)`,
+            with which a pretrained softmax model starts close to itself (`σ(z - lse) ≈ p` for small p).
+        divide: what the weights are divided by: nothing, `√n`, `n` or their own `sum`.
+        alibi: add `slope_h · (n - m)` to the scores, with the slopes `2^(-8h/H)` of ALiBi.
+    """
+
+    bias: float = 0.0
+    row_bias: Literal["none", "log_n", "lse"] = "none"
+    divide: Literal["none", "sqrt_n", "n", "sum"] = "none"
+    alibi: bool = False
+    sums_to_one: ClassVar[bool] = False
+    sinks: ClassVar[bool] = False
+
+    def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
+        return self._divided(self._logits(scores, keep).sigmoid().masked_fill(~keep, 0), keep)
+
+    def weights_vjp(
+        self, scores: Tensor, keep: Tensor, params: Params, grad: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if self.divide == "sum" or self.row_bias == "lse":
+            return super().weights_vjp(scores, keep, params, grad)
+        weights = self._logits(scores, keep).sigmoid_().masked_fill_(~keep, 0)
+        grad = self._divided(torch.ops.aten.sigmoid_backward(grad, weights), keep)
+        return self._divided(weights, keep), grad, {}
+
+    def forward(self, inputs: Inputs, params: Params) -> Tensor:
+        if self.alibi:
+            heads = inputs.query.shape[1]
+            exponents = torch.arange(1, heads + 1, device=inputs.query.device) * (8 / heads)
+            inputs = inputs.but(slopes=-(2.0**-exponents))
+        return super().forward(inputs, params)
+
+    def _logits(self, scores: Tensor, keep: Tensor) -> Tensor:
+        if self.row_bias == "log_n":
+            n = keep.sum(-1, keepdim=True).clamp(min=1)
+            return scores - (n.to(scores.dtype).log() - self.bias)
+        if self.row_bias == "lse":
+            lowest = torch.finfo(scores.dtype).min
+            lse = scores.masked_fill(~keep, lowest).logsumexp(-1, keepdim=True)
+            return scores - (lse - self.bias)
+        return scores + self.bias
+
+    def _divided(self, weights: Tensor, keep: Tensor) -> Tensor:
+        if self.divide == "none":
+            return weights
+        if self.divide == "sum":
+            return weights / (weights.sum(-1, keepdim=True) + 1e-8)
+        n = keep.sum(-1, keepdim=True).clamp(min=1).to(weights.dtype)
+        return weights / (n.sqrt() if self.divide == "sqrt_n" else n)

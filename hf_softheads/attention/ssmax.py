@@ -1,0 +1,50 @@
+"""Scalable softmax: a learnable temperature that grows with the logarithm of the context."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_softheads.attention.base import AttentionSpec, Geometry, Params, per_head
+
+
+@dataclass(frozen=True)
+class SSMax(AttentionSpec, name="ssmax"):
+    """`softmax(s_h · log(n) · z)`, n the number of keys that the row sees
+
+    Source: arXiv:2501.19399, eq. 3. With `bias` the factor is `s_h · log(n) + b_h`, which starts as 1 for every n;
+    without it `s` starts as `1 / log(reference_length)`, the identity for rows that see `reference_length` keys.
+
+    Args:
+        reference_length: the length at which the factor starts as 1; the paper's 0.168 is about 380 keys.
+        bias: learn an offset too (better training loss, worse length generalisation).
+    """
+
+    reference_length: int = 380
+    bias: bool = False
+    training_free: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.reference_length < 2:
+            raise ValueError(
+                f"reference_length must be at least 2 (log 1 is 0), got {self.reference_length}"
+            )
+
+    def init_params(self, geometry: Geometry) -> dict[str, Tensor]:
+        """`s (H,)` and, with `bias`, `b (H,)`."""
+        ones = torch.ones(geometry.heads)
+        if self.bias:
+            return {"s": 0 * ones, "b": ones}
+        return {"s": ones / math.log(self.reference_length)}
+
+    def scale_queries(
+        self, query: Tensor, n_keys: Tensor, params: Params, hidden: Tensor | None
+    ) -> Tensor:
+        factor = per_head(params["s"]) * n_keys.to(query.dtype).log()
+        if self.bias:
+            factor = factor + per_head(params["b"])
+        return query * factor
