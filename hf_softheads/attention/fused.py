@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from hf_softheads.attention.base import Inputs
@@ -35,7 +36,7 @@ def attend(inputs: Inputs) -> Tensor:
         else:
             query = query.to(key.dtype)
     mask, causal = _mask(inputs)
-    return F.scaled_dot_product_attention(
+    out: Tensor = F.scaled_dot_product_attention(
         query,
         key,
         value,
@@ -44,6 +45,7 @@ def attend(inputs: Inputs) -> Tensor:
         scale=inputs.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    return out
 
 
 def _mask(inputs: Inputs) -> tuple[Tensor | None, bool]:
@@ -67,3 +69,69 @@ def _is_causal(keep: Tensor) -> bool:
         return False  # a question about values would break the graph
     causal = torch.ones(keep.shape[-2:], dtype=torch.bool, device=keep.device).tril()
     return torch.equal(keep, causal.expand_as(keep))
+
+
+# -- softmax with one more key per head, of score `sinks[h]` and value 0 ---------------------------------------------
+
+SINKS = "flash kernel and one factor from its log-sum-exp on a CPU, query blocks elsewhere"
+
+
+def sinks_possible(inputs: Inputs) -> bool:
+    """Torch's flash kernel gives its log-sum-exp on a CPU; eager mode only."""
+    return (
+        possible(inputs)
+        and inputs.bias is None
+        and inputs.query.device.type == "cpu"
+        and inputs.query.shape[-1] == inputs.value.shape[-1]
+        and not torch.compiler.is_compiling()
+    )
+
+
+def attend_with_sinks(inputs: Inputs, sinks: Tensor) -> Tensor:
+    """`softmax([z, sinks])[..., :-1] @ value`, as `softmax(z) @ value · σ(lse(z) - sinks)`."""
+    mask, causal = _mask(inputs)
+    additive = None
+    if mask is not None:
+        additive = torch.zeros(mask.shape, dtype=inputs.query.dtype).masked_fill_(~mask, -torch.inf)
+    out: Tensor = _WithSinks.apply(
+        inputs.query, inputs.key, inputs.value, sinks, additive, causal, inputs.scaling
+    )
+    return out
+
+
+class _WithSinks(torch.autograd.Function):
+    """The flash backward recomputes `p = exp(z - lse)` and `δ = Σ out · grad`: given the log-sum-exp and the output of
+    the softmax *with* the sink it computes that softmax's gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+    ) -> Tensor:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+        )
+        logit = sinks.to(lse.dtype).view(1, -1, 1)
+        out = (out * (lse - logit).sigmoid().unsqueeze(-1)).to(out.dtype)
+        lse = torch.logaddexp(lse, logit)
+        ctx.save_for_backward(query, key, value, sinks, mask, out, lse)
+        ctx.causal, ctx.scale = causal, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        query, key, value, sinks, mask, out, lse = ctx.saved_tensors
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale
+        )
+        inner = (out * grad).sum(-1, dtype=lse.dtype)
+        taken = (sinks.to(lse.dtype).view(1, -1, 1) - lse).exp()
+        dsinks = -(inner * taken).sum((0, 2)).to(sinks.dtype)
+        return *grads, dsinks, None, None, None

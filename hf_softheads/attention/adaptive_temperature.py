@@ -1,0 +1,59 @@
+"""Adaptive temperature: sharpen a row's softmax by a polynomial of its entropy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_softheads.attention.base import AttentionSpec, Params, softmax
+
+
+@dataclass(frozen=True)
+class AdaptiveTemperature(AttentionSpec, name="adaptive_temperature"):
+    """`softmax(β · z)`, `β = max(1, poly(H))` where `H > 0.5` nats, else 1; H the entropy of `softmax(z)`
+
+    Source: arXiv:2410.01104, listing in section 5. The published polynomial exceeds 1 only for `0.85 < H < 5.94`: a
+    row that spreads over more than 380 keys is left as it is.
+
+    Args:
+        polynomial: coefficients of β in H, highest power first.
+        gate: the entropy in nats below which rows are left as they are.
+        long: a second polynomial, used from the entropy `long_from` on; empty: the first one everywhere. `(0.0, 2.42)`
+            holds the published maximum, which the first one reaches at 4.4 nats.
+        long_from: nats.
+        train_through: let the gradient flow through β.
+    """
+
+    polynomial: tuple[float, ...] = (-0.037, 0.481, -2.3, 4.917, -1.791)
+    gate: float = 0.5
+    long: tuple[float, ...] = ()
+    long_from: float = 4.4
+    train_through: bool = True
+    training_free: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.polynomial:
+            raise ValueError("polynomial needs at least one coefficient")
+
+    def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
+        probabilities = softmax(scores, keep)
+        entropy = -(probabilities * (probabilities + 1e-9).log()).sum(-1, keepdim=True)
+        factor = self.factor(entropy)
+        return softmax(scores * (factor if self.train_through else factor.detach()), keep)
+
+    def factor(self, entropy: Tensor) -> Tensor:
+        """β of each entropy in nats."""
+        factor = _polynomial(self.polynomial, entropy)
+        if self.long:
+            factor = torch.where(entropy < self.long_from, factor, _polynomial(self.long, entropy))
+        return torch.where(entropy > self.gate, factor.clamp(min=1), 1)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    total = torch.zeros_like(x)
+    for coefficient in coefficients:
+        total = total * x + coefficient
+    return total

@@ -1,0 +1,43 @@
+"""ELU attention: positive weights without an exponential tail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_softheads.attention.base import AttentionSpec, Inputs, Params
+
+
+@dataclass(frozen=True)
+class ELU(AttentionSpec, name="elu"):
+    """`w = elu(z) + 1`, divided by `Σ w + ε` or not
+
+    Source: arXiv:2410.10781, section 5. With `features` the map is on both sides of the product, as in linear
+    attention: `w = scaling · (elu(q) + 1) · (elu(k) + 1)`.
+
+    Args:
+        normalised: divide by the row's sum; without it the sink disappears.
+        features: map queries and keys instead of scores.
+        eps: ε.
+    """
+
+    normalised: bool = True
+    features: bool = False
+    eps: float = 1e-8
+    sums_to_one: ClassVar[bool] = False
+
+    def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
+        raised = (scores if self.features else F.elu(scores) + 1).masked_fill(~keep, 0)
+        return raised / (raised.sum(-1, keepdim=True) + self.eps) if self.normalised else raised
+
+    def forward(self, inputs: Inputs, params: Params) -> Tensor:
+        if self.features:
+            query, key = (
+                F.elu(x if x.element_size() > 4 else x.float()) + 1
+                for x in (inputs.query, inputs.key)
+            )
+            inputs = inputs.but(query=query, key=key)
+        return super().forward(inputs, params)

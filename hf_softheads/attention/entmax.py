@@ -1,0 +1,50 @@
+"""Entmax for any α, fixed or learned per head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_softheads.attention import threshold
+from hf_softheads.attention.base import AttentionSpec, Geometry, Params, per_head
+
+
+@dataclass(frozen=True)
+class Entmax(AttentionSpec, name="entmax"):
+    """`w = relu((α - 1) z - τ)^(1 / (α - 1))`, τ such that `Σ w = 1`
+
+    Source: arXiv:1905.05702, eq. 8; a learned α per head: arXiv:1909.00015.
+
+    Args:
+        alpha: α > 1; 2 is sparsemax, towards 1 it becomes the softmax.
+        learn: train α per head, kept in (1, 2) as `1 + σ(a_h)`; `alpha` is where it starts.
+    """
+
+    alpha: float = 1.5
+    learn: bool = False
+    exact_zeros: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.alpha > 1:
+            raise ValueError(
+                f"alpha must be greater than 1, got {self.alpha}; the limit 1 is `softmax`"
+            )
+        if self.learn and self.alpha >= 2:
+            raise ValueError(f"a learned alpha starts below 2, got {self.alpha}")
+
+    def init_params(self, geometry: Geometry) -> dict[str, Tensor]:
+        """With `learn`: `a (H,)`."""
+        if not self.learn:
+            return {}
+        start = self.alpha - 1
+        return {"a": torch.full((geometry.heads,), math.log(start / (1 - start)))}
+
+    def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
+        alpha: float | Tensor = self.alpha
+        if self.learn:
+            alpha = 1 + per_head(params["a"].to(scores.dtype)).sigmoid()
+        return threshold.entmax(scores, keep, alpha)

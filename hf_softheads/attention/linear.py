@@ -1,0 +1,31 @@
+"""Linear scores as weights: attention without any nonlinearity, the control of the sink studies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from hf_softheads.attention.base import AttentionSpec, Params
+
+
+@dataclass(frozen=True)
+class Linear(AttentionSpec, name="linear"):
+    """`w = z`, divided by `max(|Σ z|, 1)` or not
+
+    Source: arXiv:2410.10781, section 5 (identity kernel). Weights may be negative.
+
+    Args:
+        normalised: divide by the row's sum.
+    """
+
+    normalised: bool = True
+    sums_to_one: ClassVar[bool] = False
+    sinks: ClassVar[bool] = False
+
+    def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
+        scores = scores.masked_fill(~keep, 0)
+        if not self.normalised:
+            return scores
+        return scores / scores.sum(-1, keepdim=True).abs().clamp(min=1)

@@ -1,0 +1,39 @@
+"""Length-scaled softplus attention: cosine scores, softplus instead of exp."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_softheads.attention.base import AttentionSpec, Inputs, Params
+
+
+@dataclass(frozen=True)
+class LSSA(AttentionSpec, name="lssa"):
+    """`a = softplus(log D · log n · cos(q, k))`, `w = a / (Σ a + ε)`
+
+    Source: arXiv:2501.13428, eq. 6. The scores are cosines: `scaling` is not used.
+
+    Args:
+        eps: ε; the paper gives none.
+    """
+
+    eps: float = 1e-8
+
+    def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
+        n = keep.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
+        raised = F.softplus(scores * n.log()).masked_fill(~keep, 0)
+        return raised / (raised.sum(-1, keepdim=True) + self.eps)
+
+    def forward(self, inputs: Inputs, params: Params) -> Tensor:
+        query, key = unit(inputs.query), unit(inputs.key)
+        cosines = inputs.but(query=query, key=key, scaling=math.log(query.shape[-1]))
+        return super().forward(cosines, params)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of length 1, fp32; a row of zeros stays."""
+    return F.normalize(x if x.element_size() > 4 else x.float(), dim=-1)

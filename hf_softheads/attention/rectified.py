@@ -1,0 +1,24 @@
+"""Rectified softmax: softmax over the keys with a positive score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from hf_softheads.attention.base import AttentionSpec, Params, softmax
+
+
+@dataclass(frozen=True)
+class Rectified(AttentionSpec, name="rectified"):
+    """`w = [z ≥ 0] exp(z) / Σ [z ≥ 0] exp(z)`, 0 for a row of negative scores
+
+    Source: arXiv:2504.20966, section 3 (the ancestor of softpick).
+    """
+
+    sums_to_one: ClassVar[bool] = False
+    exact_zeros: ClassVar[bool] = True
+
+    def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
+        return softmax(scores, keep & (scores >= 0))

@@ -1,0 +1,39 @@
+"""Self-adjusting softmax: probabilities times scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_softheads.attention.base import AttentionSpec, Params, softmax
+
+
+@dataclass(frozen=True)
+class SASoftmax(AttentionSpec, name="sa_softmax"):
+    """`w = p · (z - min(z_min, 0)) / (max(z_max, 0) - min(z_min, 0))`, `p = softmax(z)`
+
+    Source: arXiv:2502.18277, eq. 6 (the default form); `normalised=False` is `w = p · z`, eq. 4.
+
+    Args:
+        normalised: adjust by the row's range, so that weights lie in [0, 1].
+        eps: added to the range (the authors' code adds 1e-10 twice).
+    """
+
+    normalised: bool = True
+    eps: float = 2e-10
+    sums_to_one: ClassVar[bool] = False
+
+    def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
+        probabilities = softmax(scores, keep)
+        inside = scores.masked_fill(
+            ~keep, 0
+        )  # a zero changes neither min(z_min, 0) nor max(z_max, 0)
+        if not self.normalised:
+            return probabilities * inside
+        zero = torch.zeros((), dtype=scores.dtype, device=scores.device)
+        low = torch.minimum(inside.amin(-1, keepdim=True), zero)
+        high = torch.maximum(inside.amax(-1, keepdim=True), zero)
+        return probabilities * (inside - low) / (high - low + self.eps)

@@ -1,0 +1,83 @@
+"""Selective self-attention: temperatures from the position and from the token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from hf_softheads.attention.base import AttentionSpec, Geometry, Inputs, Params
+
+
+@dataclass(frozen=True)
+class Selective(AttentionSpec, name="selective"):
+    """`softmax(τ · z) @ (τ_v · v)`, `τ = τ_position(n) + τ_token(x)`
+
+    Source: arXiv:2411.12892. As released, `τ = 1 + exp(-exp(β)) · log n` with one β per layer (`position="exp"`); the
+    second release has `1 + β · log n` (`"linear"`), the paper `1 + σ(β) · log n` (`"sigmoid"`). The token parts are
+    the paper's: `τ_token(x) = tanh(f(x))` and `τ_v(x) = 1 + tanh(f_v(x))`, f a two-layer perceptron whose last layer
+    starts at 0, so that every form starts near the identity.
+
+    Args:
+        position: the form of the position temperature.
+        token: add the token temperature to the queries.
+        values: temper the values too; they must be those of the same forward pass, so no KV cache.
+        width: hidden units of f.
+    """
+
+    position: Literal["exp", "linear", "sigmoid"] = "exp"
+    token: bool = False
+    values: bool = False
+    width: int = 16
+    training_free: ClassVar[bool] = True
+
+    _START: ClassVar[dict[str, float]] = {"exp": 2.0, "linear": 1e-5, "sigmoid": -8.0}
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"width must be at least 1, got {self.width}")
+
+    @property
+    def needs_hidden(self) -> bool:  # type: ignore[override]
+        return self.token or self.values
+
+    def init_params(self, geometry: Geometry) -> dict[str, Tensor]:
+        """`beta ()`, and per perceptron `in (width, hidden)` and `out (width,)`."""
+        params = {"beta": torch.tensor(self._START[self.position])}
+        for name in self._perceptrons():
+            inner = torch.randn(self.width, geometry.hidden_size)
+            params[f"{name}_in"] = inner * max(geometry.hidden_size, 1) ** -0.5
+            params[f"{name}_out"] = torch.zeros(self.width)
+        return params
+
+    def scale_queries(
+        self, query: Tensor, n_keys: Tensor, params: Params, hidden: Tensor | None
+    ) -> Tensor:
+        beta = params["beta"].to(query.dtype)
+        rate = {"exp": lambda: (-beta.exp()).exp(), "linear": lambda: beta, "sigmoid": beta.sigmoid}
+        temperature = 1 + rate[self.position]() * n_keys.to(query.dtype).log()
+        if self.token and hidden is not None:
+            temperature = temperature + _token_part("token", hidden, params)
+        return query * temperature
+
+    def forward(self, inputs: Inputs, params: Params) -> Tensor:
+        if self.values and inputs.hidden is not None:
+            if inputs.key.shape[2] != inputs.query.shape[2]:
+                raise ValueError(
+                    "selective(values=True) tempers the values of the tokens that this call reads, got "
+                    f"{inputs.query.shape[2]} of them and {inputs.key.shape[2]} cached values; run with use_cache=False"
+                )
+            tempered = inputs.value * (1 + _token_part("values", inputs.hidden, params))
+            inputs = inputs.but(value=tempered.to(inputs.value.dtype))
+        return super().forward(inputs, params)
+
+    def _perceptrons(self) -> list[str]:
+        return [name for name, asked in (("token", self.token), ("values", self.values)) if asked]
+
+
+def _token_part(name: str, hidden: Tensor, params: Params) -> Tensor:
+    """`tanh(f(x))`, `(B, 1, Q, 1)`."""
+    inner, outer = params[f"{name}_in"].float(), params[f"{name}_out"].float()
+    return ((hidden.float() @ inner.mT).tanh() @ outer).tanh()[:, None, :, None]

@@ -1,0 +1,35 @@
+"""Softmax-off-by-one: a row may attend to nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_softheads.attention import fused
+from hf_softheads.attention.base import AttentionSpec, Inputs, Params
+from hf_softheads.attention.learned_sink import sink_softmax
+
+
+@dataclass(frozen=True)
+class Softmax1(AttentionSpec, name="softmax1"):
+    """`w = exp(z) / (1 + Σ exp(z))`
+
+    Source: Evan Miller, "Attention is off by one", 2023: a learned sink whose logit is 0 and stays there.
+    """
+
+    sums_to_one: ClassVar[bool] = False
+
+    def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
+        return sink_softmax(scores, keep, torch.zeros((), device=scores.device))
+
+    def forward(self, inputs: Inputs, params: Params) -> Tensor:
+        if fused.sinks_possible(inputs):
+            zeros = torch.zeros(inputs.query.shape[1], device=inputs.query.device)
+            return fused.attend_with_sinks(inputs, zeros)
+        return super().forward(inputs, params)
+
+    def path(self) -> str:
+        return fused.SINKS
