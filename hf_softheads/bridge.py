@@ -110,7 +110,7 @@ def attention_layers(model: nn.Module) -> dict[int, tuple[str, Any]]:
     """`{index: (path, module)}` of the self-attention layers that call the attention interface, in order."""
     found: dict[int, tuple[str, Any]] = {}
     for path, module in model.named_modules():
-        if not _calls_interface(type(module)) or getattr(module, "is_cross_attention", False):
+        if not _calls_interface(module.__class__) or getattr(module, "is_cross_attention", False):
             continue
         if "cross" in path.rpartition(".")[2].lower():
             continue
@@ -265,7 +265,7 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform | None:
     recorder = _Recorder()
 
     def run_head(*_: Any, **__: Any) -> Tensor:
-        recorder.follow(scores)
+        recorder.follow(scores, [])
         return scores
 
     scores = torch.ones(
@@ -319,16 +319,16 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._steps: dict[int, tuple[tuple[str, float], ...] | None] = {}
+        self._steps: dict[int, list[tuple[str, float]] | None] = {}
         self._alive: list[Tensor] = []  # ids are unique only while their tensors live
 
-    def follow(self, tensor: Tensor, steps: tuple[tuple[str, float], ...] | None = ()) -> None:
+    def follow(self, tensor: Tensor, steps: list[tuple[str, float]] | None) -> None:
         self._steps[id(tensor)] = steps
         self._alive.append(tensor)
 
     def transform(self, logits: Tensor) -> LogitTransform | None:
         steps = self._steps.get(id(logits))
-        return None if steps is None else LogitTransform(steps)
+        return None if steps is None else LogitTransform(tuple(steps))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -338,33 +338,29 @@ class _Recorder(TorchFunctionMode):
                 self._steps[id(source)],
                 self._step(func.__name__.strip("_"), source, args),
             )
-            understood = known is not None and step is not None and result.shape == source.shape
-            self.follow(result, known + step if understood else None)
+            if known is None or step is None or result.shape != source.shape:
+                self.follow(result, None)
+            else:
+                self.follow(result, known + step)
         return result
 
-    def _step(self, name: str, source: Tensor, args: Any) -> tuple[tuple[str, float], ...] | None:
+    def _step(self, name: str, source: Tensor, args: Any) -> list[tuple[str, float]] | None:
         """What one call adds to the chain, or None when it is not understood."""
         if name in self._SAME:
-            return ()
+            return []
         if name == "tanh":
-            return (("tanh", 1.0),)
+            return [("tanh", 1.0)]
         if name in ("mul", "imul", "rmul", "div", "truediv", "itruediv") and len(args) == 2:
             other = args[1] if args[0] is source else args[0]
             if not isinstance(other, Tensor) or other.numel() == 1:
-                return (("div" if "div" in name else "mul", float(other)),)
+                return [("div" if "div" in name else "mul", float(other))]
         return None
 
 
 # -- the model's class -------------------------------------------------------------------------------------------------
 
 
-if TYPE_CHECKING:
-    _Model = PreTrainedModel
-else:
-    _Model = object
-
-
-class Adopted(_Model):
+class Adopted(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[misc]
     """Methods that a patched model's class gains. Never instantiated by itself; see `adopt`."""
 
     _adopted_from: type[PreTrainedModel]

@@ -8,15 +8,21 @@ see an ordinary one.
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantizer
 
-from hf_softheads import bridge
+from hf_softheads import bridge, cards
 from hf_softheads.config import METHOD, SoftheadsConfig
+from hf_softheads.results import write_json
+from hf_softheads.tables import human_bytes
 
 # Keys of config.json that make a transformers without this package refuse the folder, by name, instead of loading a
 # wrong model: recent versions read the first, older ones the second.
@@ -75,15 +81,20 @@ class SoftheadsQuantizer(HfQuantizer):
             config._attn_implementation = None
         return config
 
+    def update_tp_plan(self, config: Any) -> Any:
+        """Older transformers have no `update_attn_implementation`; this is their hook before the model is built."""
+        return self.update_attn_implementation(config)
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from hf_softheads import patching
 
+        check_files(kwargs.get("checkpoint_files") or [])
         if self.inner is not None:
             self.inner._process_model_before_weight_loading(model, **kwargs)
         if not self.patched:
             return
         plan: SoftheadsConfig = self.quantization_config
-        strict = model._keep_in_fp32_modules_strict
+        in_fp32 = set(model._keep_in_fp32_modules_strict or ())
         if plan.head is not None and model.get_output_embeddings() is not None:
             path, dense = bridge.find_head(model)
             vocab, dim = dense.weight.shape
@@ -93,12 +104,13 @@ class SoftheadsQuantizer(HfQuantizer):
                 head = plan.head.module(dim, vocab, bias=getattr(dense, "bias", None) is not None)
             patching.cast(head, dtype)
             patching.install_head(model, head)
-            strict.update(f"{path}.{name}" for name in head.keep_in_fp32)
+            in_fp32.update(f"{path}.{name}" for name in head.keep_in_fp32)
         if plan.attention is not None:
             with torch.device("meta"):
                 variants = patching.build_variants(model, plan)
             patching.install_attention(model, variants)
-            strict.add(bridge.CHILD)
+            in_fp32.add(bridge.CHILD)
+        model._keep_in_fp32_modules_strict = in_fp32
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from hf_softheads import patching
@@ -163,3 +175,72 @@ def _remove_quantized_marks(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.__dict__.pop("_is_quantized", None)
+
+
+def export(
+    model: Any, folder: str | Path, tokenizer: Any = None, results: Mapping[str, Any] | None = None
+) -> Path:
+    """Save a patched model, its tokenizer and its card as one folder, whole or not at all.
+
+    Everything is written beside `folder` under a temporary name and then renamed.
+
+    Args:
+        results: what `cards.write_card` renders; kept as `softheads_results.json` too.
+
+    Raises:
+        FileExistsError: `folder` exists and is not empty.
+        OSError: the place is not writable, or has too little room; nothing stays behind.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} exists and is not empty; choose another folder or remove it"
+        )
+    needed = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    fresh = folder.with_name(folder.name + ".writing")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
+    except FileExistsError:
+        raise FileExistsError(
+            f"{fresh} is in the way: another export is running, or was killed; remove it"
+        ) from None
+    except OSError as error:
+        raise OSError(f"cannot write to {folder.parent}: {error.strerror or error}") from error
+    try:
+        free = shutil.disk_usage(fresh).free
+        if free < needed * 1.02:
+            raise OSError(
+                f"{folder} needs {human_bytes(needed)}, only {human_bytes(free)} are free"
+            )
+        model.save_pretrained(fresh)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        if results is not None:
+            write_json(fresh / cards.RESULTS, results)
+            cards.write_card(fresh, {**results, "repo": folder.name})
+        if folder.exists():
+            folder.rmdir()
+        fresh.rename(folder)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    return folder
+
+
+def check_files(files: Iterable[str | Path]) -> None:
+    """Refuse a truncated or damaged safetensors file before anything is loaded.
+
+    Raises:
+        ValueError: names the file.
+    """
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        try:
+            with safe_open(str(file), framework="pt"):
+                pass  # opening checks the header against the file's length
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is truncated or damaged ({error}); download or export it again"
+            ) from error

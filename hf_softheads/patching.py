@@ -103,7 +103,6 @@ def patch(
         if new_head is not None:
             original.head = base.get_output_embeddings()
             install_head(base, new_head)
-            new_head.transform = bridge.logit_transform(base)
         if variants:
             original.attention = base.config._attn_implementation
             install_attention(base, variants)
@@ -310,6 +309,7 @@ def _fitted_head(model: PreTrainedModel, spec: HeadSpec, stats: HeadStats | None
         stats.check(dim, vocab)
     with torch.device(weight.device):
         head = spec.module(dim, vocab, bias=bias is not None)
+    head.transform = bridge.logit_transform(model)
     spec.fit(head, weight.detach().float(), None if bias is None else bias.detach().float(), stats)
     cast(head, weight.dtype)
     head.requires_grad_(weight.requires_grad)

@@ -1,0 +1,70 @@
+"""Plots of measured results, written as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def plot_stages(stages: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> Path:
+    """Perplexity of each stage of a retrofit as bars, with the mapping's floor and the dense model as lines."""
+    names = [stage["name"] for stage in stages]
+    values = [stage["perplexity"] for stage in stages]
+    figure, axes = plt.subplots(figsize=(7.2, 3.2), layout="constrained")
+    colors = ["#4c566a", *["#5e81ac"] * (len(stages) - 1)]
+    bars = axes.barh(names, values, color=colors)
+    axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=4)
+    for row, stage in enumerate(stages):
+        if stage.get("floor"):
+            (line,) = axes.plot([stage["floor"]] * 2, [row - 0.4, row + 0.4], color="#bf616a", lw=2)
+            line.set_label(
+                "floor of the mapping" if not axes.get_legend_handles_labels()[1] else None
+            )
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(1, max(values) * 1.6)
+    axes.set_xlabel("strict perplexity on held-out text (log scale, lower is better)")
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="lower right", frameon=False)
+    return _save(figure, path)
+
+
+def plot_frontier(
+    points: Sequence[Mapping[str, Any]], path: str | Path, *, x: str, xlabel: str, title: str
+) -> Path:
+    """Perplexity ratio to the dense head against a size, one line a variant.
+
+    Args:
+        points: dictionaries with `variant`, `ratio` and the size under the name `x`.
+    """
+    figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    for variant in sorted({point["variant"] for point in points}):
+        own = sorted((p for p in points if p["variant"] == variant), key=lambda p: p[x])
+        axes.plot([p[x] for p in own], [p["ratio"] for p in own], marker="o", ms=4, label=variant)
+    axes.axhline(1.0, color="#4c566a", lw=1)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel("perplexity ÷ dense (log scale)")
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".writing.png")
+    figure.savefig(fresh, dpi=150)
+    plt.close(figure)
+    fresh.replace(path)
+    return path
