@@ -64,6 +64,16 @@ class HeadSpec(Spec, kind="head"):
         """Set the module's tensors from the trained `weight (V, D)` and `bias (V,)`, in place."""
         raise NotImplementedError
 
+    @classmethod
+    def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
+        """Specs for a matrix `(vocab, dim)` by rising size: what `choose` tries, and the tests expect to improve."""
+        return []
+
+    @classmethod
+    def lossless(cls, dim: int, vocab: int) -> HeadSpec | None:
+        """The setting that reproduces the dense logits up to rounding, or None if the structure has none."""
+        return None
+
 
 class Head(nn.Module):
     """Hidden states `(…, D)` to scores `(…, V)`, and what decoders and losses need, without a `(tokens, V)` tensor.
@@ -259,7 +269,7 @@ class Head(nn.Module):
                 )
             else:
                 out = torch.cat([function(*part) for part in parts])
-        return out.reshape(*shape, *out.shape[1:])
+        return out.reshape((*shape, *out.shape[1:]))
 
 
 def check_temperature(temperature: float) -> None:

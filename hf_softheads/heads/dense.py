@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 class Dense(HeadSpec, name="dense"):
     """`F.linear(hidden, weight, bias)`: the trained matrix, copied. Lossless by definition."""
 
+    @classmethod
+    def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
+        return [cls()]
+
+    @classmethod
+    def lossless(cls, dim: int, vocab: int) -> HeadSpec:
+        return cls()
+
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> DenseHead:
         return DenseHead(dim, vocab, bias=bias)
 

@@ -1,0 +1,209 @@
+"""Weighted k-means for the rows of an output matrix: 150,000 points, thousands of clusters, two cores."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+_CHUNK_ELEMENTS = 2**24  # distances held at once: 64 MiB in fp32
+_SEED_BLOCK = 256  # seeds kept at once, and at most 1/32 of those before
+_SEED_TRIALS = 8  # candidates per seed
+
+
+class Clusters(NamedTuple):
+    """What `kmeans` found.
+
+    Attributes:
+        centers: weighted mean of each cluster's points, in the points' own coordinates, `(C, D)` fp32.
+        labels: cluster of each point, `(N,)` int64; every cluster has at least one point.
+        inertia: `Σ_i w_i ‖(x_i - center) metric‖²`.
+    """
+
+    centers: Tensor
+    labels: Tensor
+    inertia: float
+
+
+@torch.no_grad()
+def kmeans(
+    points: Tensor,
+    clusters: int,
+    *,
+    weights: Tensor | None = None,
+    metric: Tensor | None = None,
+    iterations: int = 25,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    description: str = "k-means",
+) -> Clusters:
+    """Minimise `Σ_i w_i ‖(x_i - c_label(i)) metric‖²` by Lloyd's algorithm, deterministic under `seed`.
+
+    Seeding is greedy k-means++ (Arthur & Vassilvitskii 2007) in blocks, distances are matrix products in chunks of
+    points, and an empty cluster takes the point that costs most. On a CPU with native bf16 the iterations score in
+    bf16; the last assignment is always fp32.
+
+    Args:
+        points: `(N, D)`, any floating dtype, N ≥ clusters.
+        weights: `(N,)`, ≥ 0.
+        metric: `(D, M)`: distances are measured after multiplying by it, e.g. `E[h hᵀ]^{1/2}`.
+        tolerance: stop when an iteration lowers the inertia by less than this fraction.
+
+    Raises:
+        ValueError: NaN or inf in the points or weights, a negative weight, or not `1 ≤ clusters ≤ N`.
+    """
+    count = len(points)
+    if not 1 <= clusters <= count:
+        raise ValueError(
+            f"asked for {clusters} clusters of {count} points; 1 to {count} are possible"
+        )
+    require_finite(points, "points")
+    weights = torch.ones(count, device=points.device) if weights is None else weights.float()
+    if not bool((weights >= 0).all() & weights.isfinite().all()):
+        raise ValueError("k-means weights must be finite and at least 0")
+    space = points.float() if metric is None else points.float() @ metric.to(points.device).float()
+    space = space - space.mean(
+        0
+    )  # moves no point relative to another; smaller numbers, better bf16
+    fast = _bf16_is_fast(space.device)
+    scored = space.bfloat16() if fast else space
+
+    total = iterations + 1
+    with tqdm(total=total, desc=description, disable=not sys.stderr.isatty(), leave=False) as bar:
+        centers = space[_draw_seeds(scored, space, weights, clusters, seed)]
+        bar.update()
+        previous = float("inf")
+        for _ in range(iterations):
+            labels, cost = _assign(scored, space, centers, weights)
+            fill_empty(labels, cost, clusters)
+            centers = weighted_means(space, labels, clusters, weights)
+            inertia = float(cost.sum())
+            bar.update()
+            if previous - inertia < tolerance * inertia:
+                break
+            previous = inertia
+    labels, cost = _assign(space, space, centers, weights)
+    fill_empty(labels, cost, clusters)
+    return Clusters(weighted_means(points, labels, clusters, weights), labels, float(cost.sum()))
+
+
+@torch.no_grad()
+def nearest(
+    points: Tensor, centers: Tensor, *, metric: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Index of the nearest center of each point and its squared distance, `(N,)` both; arguments as in `kmeans`."""
+    points, centers = points.float(), centers.float()
+    if metric is not None:
+        points, centers = points @ metric.float(), centers @ metric.float()
+    return _assign(points, points, centers, torch.ones(len(points), device=points.device))
+
+
+def weighted_means(points: Tensor, labels: Tensor, clusters: int, weights: Tensor) -> Tensor:
+    """`Σ w_i x_i / Σ w_i` of each cluster, `(C, D)` fp32; the plain mean where all its weights are 0."""
+    mass = torch.zeros(clusters, device=points.device).index_add_(0, labels, weights)
+    weights = torch.where(mass[labels] > 0, weights, torch.ones_like(weights))
+    mass = torch.zeros(clusters, device=points.device).index_add_(0, labels, weights)
+    sums = torch.zeros(clusters, points.shape[1], device=points.device)
+    rows = max(1, _CHUNK_ELEMENTS // points.shape[1])
+    for part, label, weight in zip(
+        points.split(rows), labels.split(rows), weights.split(rows), strict=True
+    ):
+        sums.index_add_(0, label, part.float() * weight[:, None])
+    return sums / mass.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+
+
+def require_finite(matrix: Tensor, what: str) -> None:
+    """Raise ValueError naming the first row of `matrix` that holds NaN or inf."""
+    bad = (~matrix.sum(1, dtype=torch.float32).isfinite()).nonzero().flatten()
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} of {len(matrix)} {what} hold NaN or inf, the first is row {int(bad[0])}"
+        )
+
+
+def _in_metric(points: Tensor, metric: Tensor | None) -> Tensor:
+    """`(points - mean) @ metric` in fp32; the shift moves no point relative to another and spares bf16."""
+    mean = points.mean(0, dtype=torch.float32)
+    if metric is None:
+        return points - mean
+    metric = metric.to(points.device, torch.float32)
+    space = torch.empty(len(points), metric.shape[1], device=points.device)
+    rows = max(1, _CHUNK_ELEMENTS // metric.shape[1])
+    for start in range(0, len(points), rows):
+        torch.mm(points[start : start + rows] - mean, metric, out=space[start : start + rows])
+    return space
+
+
+def _assign(
+    scored: Tensor, space: Tensor, centers: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Nearest center of each point and the weighted squared distance to it, chunk by chunk."""
+    labels = torch.empty(len(space), dtype=torch.long, device=space.device)
+    candidates = centers.to(scored.dtype).T
+    half = centers.square().sum(1) / 2
+    rows = max(1, _CHUNK_ELEMENTS // len(centers))
+    for start in range(0, len(space), rows):
+        products = (scored[start : start + rows] @ candidates).float()  # (chunk, C)
+        labels[start : start + rows] = products.sub_(half).max(1).indices
+    rows = max(1, _CHUNK_ELEMENTS // space.shape[1])
+    cost = [
+        (part - centers[label]).square().sum(1)
+        for part, label in zip(space.split(rows), labels.split(rows), strict=True)
+    ]
+    return labels, torch.cat(cost) * weights
+
+
+def _draw_seeds(scored: Tensor, space: Tensor, weights: Tensor, clusters: int, seed: int) -> Tensor:
+    """Indices of distinct points: candidates drawn with probability `w D²`, of which those are kept that gain most."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = space.square().sum(1)
+    chosen = torch.empty(0, dtype=torch.long, device=space.device)
+    distance = torch.full_like(norms, float(norms.max()) + 1)
+    while len(chosen) < clusters:
+        block = min(max(1, len(chosen) // 32), _SEED_BLOCK, clusters - len(chosen))
+        noise = torch.empty(len(space)).exponential_(generator=generator).to(space.device)
+        keys = distance * weights / noise  # the largest keys are a sample without replacement
+        keys = torch.where(distance > 0, keys, -noise)  # only when nothing else is left
+        keys[chosen] = -torch.inf
+        fresh = keys.topk(min(_SEED_TRIALS * block, len(space) - len(chosen))).indices
+        gain = torch.zeros(len(fresh), device=space.device)
+        rows = max(1, _CHUNK_ELEMENTS // len(fresh))
+        for i in range(0, len(space), rows):
+            part = slice(i, i + rows)
+            near = (scored[part] @ scored[fresh].T).float().mul_(2).sub_(norms[fresh])
+            near.add_((distance[part] - norms[part])[:, None]).clamp_min_(0)
+            gain += weights[part] @ near
+        fresh = fresh[gain.topk(block).indices]
+        chosen = torch.cat([chosen, fresh])
+        rows = max(1, _CHUNK_ELEMENTS // block)
+        for i in range(0, len(space), rows):
+            part = slice(i, i + rows)
+            near = (scored[part] @ scored[fresh].T).float().mul_(2).sub_(norms[fresh]).max(1).values
+            distance[part] = torch.minimum(distance[part], norms[part] - near).clamp_min_(0)
+        distance[fresh] = 0
+    return chosen
+
+
+def fill_empty(labels: Tensor, cost: Tensor, clusters: int) -> None:
+    """Give each empty cluster the point that costs most and is not alone in its cluster, in place."""
+    sizes = torch.bincount(labels, minlength=clusters).tolist()
+    empty = [j for j, size in enumerate(sizes) if size == 0]
+    if not empty:
+        return
+    for point in cost.argsort(descending=True).tolist():
+        if sizes[int(labels[point])] > 1:
+            sizes[int(labels[point])] -= 1
+            labels[point] = empty.pop()
+            cost[point] = 0
+            if not empty:
+                return
+
+
+def _bf16_is_fast(device: torch.device) -> bool:
+    """Whether this processor multiplies bf16 natively; emulated bf16 is slower than fp32."""
+    probe = getattr(torch.cpu, "get_capabilities", None)
+    found: dict[str, object] = probe() if probe else {}
+    return device.type == "cpu" and bool(found.get("avx512_bf16") or found.get("amx_bf16"))

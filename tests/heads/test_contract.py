@@ -1,0 +1,240 @@
+"""What every output head promises, for every variant that is registered."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hf_softheads.heads  # noqa: F401 - registers the variants
+from hf_softheads.heads import base
+from hf_softheads.heads.base import Head, HeadSpec, LogitTransform
+from hf_softheads.registry import spec_from_dict, variants
+from tests.heads.conftest import Toy
+
+NAMES = sorted(variants("head"))
+TRANSFORMS = {
+    "none": LogitTransform(),
+    "scale": LogitTransform((("div", 1.5),)),
+    "soft cap": LogitTransform((("div", 8.0), ("tanh", 1.0), ("mul", 8.0))),
+}
+
+
+def specs(name: str, toy: Toy) -> list[HeadSpec]:
+    return variants("head")[name].ladder(*toy.shape)
+
+
+def fitted(spec: HeadSpec, toy: Toy, transform: LogitTransform | None = None) -> Head:
+    dim, vocab = toy.shape
+    spec.check(dim, vocab)
+    head = spec.module(dim, vocab)
+    head.transform = transform or LogitTransform()
+    spec.fit(head, toy.weight, None, toy.stats)
+    return head
+
+
+def kl(head: Head, toy: Toy) -> float:
+    """`E KL(dense ‖ head)` in nats."""
+    with torch.no_grad():
+        dense = (toy.hidden @ toy.weight.T).log_softmax(-1)
+        return float(
+            (dense.exp() * (dense - head.logits(toy.hidden).log_softmax(-1))).sum(-1).mean()
+        )
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def middle(name: str, toy: Toy) -> HeadSpec:
+    ladder = specs(name, toy)
+    return ladder[len(ladder) // 2]
+
+
+def test_spec_survives_json(name: str, toy: Toy) -> None:
+    assert specs(name, toy)
+    for spec in specs(name, toy):
+        assert spec_from_dict("head", spec.to_dict()) == spec
+
+
+def test_lossless_setting_reproduces_the_dense_logits(name: str, toy: Toy) -> None:
+    spec = variants("head")[name].lossless(*toy.shape)
+    if spec is None:
+        pytest.skip("has no lossless setting")
+    found = fitted(spec, toy).logits(toy.hidden)
+    torch.testing.assert_close(found, toy.hidden @ toy.weight.T, rtol=1e-3, atol=2e-3)
+
+
+def test_more_budget_less_error(name: str, toy: Toy) -> None:
+    heads = [fitted(spec, toy) for spec in specs(name, toy)]
+    for smaller, larger in itertools.pairwise(heads):
+        assert smaller.nbytes < larger.nbytes
+        assert kl(larger, toy) < kl(smaller, toy)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (0,), ()])
+def test_methods_agree_with_forward(
+    middle: HeadSpec, toy: Toy, transform: str, shape: tuple[int, ...]
+) -> None:
+    head = fitted(middle, toy, TRANSFORMS[transform])
+    count = torch.Size(shape).numel()
+    hidden, labels = toy.hidden[:count].view(*shape, 16), toy.labels[:count].view(shape)
+    logits = TRANSFORMS[transform](head(hidden).float())
+    expected = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(head.log_prob(hidden, labels), expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(head.logsumexp(hidden), logits.logsumexp(-1), rtol=1e-4, atol=2e-5)
+    for k in (1, 5, 200):
+        values, tokens = head.topk(hidden, k)
+        assert tokens.shape == (*shape, k)
+        torch.testing.assert_close(values, logits.topk(k, -1).values, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits.gather(-1, tokens), values, rtol=1e-5, atol=1e-5)
+        assert (tokens.sort(-1).values.diff(dim=-1) > 0).all()  # all different
+    assert head.sample(hidden).shape == shape
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_samples_follow_the_distribution(
+    middle: HeadSpec, toy: Toy, temperature: float, transform: str
+) -> None:
+    head = fitted(middle, toy, TRANSFORMS[transform])
+    draws = 40_000
+    hidden = toy.hidden[3].expand(draws, -1)
+    generator = torch.Generator().manual_seed(5)
+    found = torch.bincount(
+        head.sample(hidden, temperature=temperature, generator=generator), minlength=256
+    )
+    expected = draws * (head.logits(hidden[0]) / temperature).softmax(-1)
+    likely = expected > 10
+    chi2 = ((found - expected).square() / expected)[likely].sum()
+    chi2 += (found[~likely].sum() - expected[~likely].sum()).square() / expected[
+        ~likely
+    ].sum().clamp_min(1)
+    freedom = int(likely.sum())
+    assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_refuses_a_temperature_of_zero(middle: HeadSpec, toy: Toy) -> None:
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        fitted(middle, toy).sample(toy.hidden[:2], temperature=0.0)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_gradients_reach_every_parameter(middle: HeadSpec, toy: Toy, transform: str) -> None:
+    head = fitted(middle, toy, TRANSFORMS[transform])
+    hidden, labels = toy.hidden[:64].clone().requires_grad_(), toy.labels[:64]
+    inputs = {"hidden": hidden, **dict(head.named_parameters())}
+    mine = torch.autograd.grad(head.token_loss(hidden, labels).mean(), list(inputs.values()))
+    logits = TRANSFORMS[transform](head(hidden).float())
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    plain = torch.autograd.grad(loss, list(inputs.values()))
+    for key, a, b in zip(inputs, mine, plain, strict=True):
+        assert a.isfinite().all(), key
+        assert a.abs().sum() > 0, key
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_ignored_labels_count_nothing(middle: HeadSpec, toy: Toy) -> None:
+    head = fitted(middle, toy)
+    labels = toy.labels[:6].clone()
+    labels[[1, 4]] = -100
+    loss = head.token_loss(toy.hidden[:6], labels)
+    assert loss[1] == 0
+    assert loss[4] == 0
+    torch.testing.assert_close(loss[0], -head.log_prob(toy.hidden[0], labels[0]))
+    assert head.token_loss(toy.hidden[:2], torch.tensor([-100, -100])).sum() == 0
+
+
+def test_state_dict_round_trip_through_meta(middle: HeadSpec, toy: Toy) -> None:
+    head = fitted(middle, toy)
+    with torch.device("meta"):
+        loaded = middle.module(*toy.shape)
+    loaded.load_state_dict({k: v.clone() for k, v in head.state_dict().items()}, assign=True)
+    assert not any(t.is_meta for t in loaded.buffers())
+    assert torch.equal(loaded(toy.hidden), head(toy.hidden))
+    assert torch.equal(
+        loaded.log_prob(toy.hidden, toy.labels), head.log_prob(toy.hidden, toy.labels)
+    )
+    assert "weight" in dict(head.named_parameters())
+
+
+@pytest.mark.parametrize("change", ["in place", "deepcopy", "bfloat16", "assign"])
+def test_lookup_tables_follow_the_tensors(middle: HeadSpec, toy: Toy, change: str) -> None:
+    head = fitted(middle, toy)
+    hidden, labels = toy.hidden[:32], toy.labels[:32]
+    head.log_prob(hidden, labels), head.topk(hidden, 3), head.sample(hidden)  # build the tables
+    if change == "deepcopy":
+        head = copy.deepcopy(head)
+    if change == "bfloat16":
+        head, hidden = head.to(torch.bfloat16), hidden.bfloat16()
+    if change == "assign":
+        state = {
+            k: v.clone() if v.is_floating_point() else v.flip(0)
+            for k, v in head.state_dict().items()
+        }
+        head.load_state_dict(state, assign=True)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(1.1)
+        for buffer in head.buffers():
+            if not buffer.is_floating_point() and buffer.ndim and change == "in place":
+                buffer.copy_(buffer.flip(0))
+    logits = head(hidden).float()
+    expected = logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    torch.testing.assert_close(head.log_prob(hidden, labels), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(head.topk(hidden, 3)[0], logits.topk(3).values, rtol=1e-3, atol=1e-3)
+
+
+def test_keeps_the_dense_bias(middle: HeadSpec, toy: Toy) -> None:
+    """Shifting one token's bias by 3 shifts its logit by about 3 against the others."""
+    dim, vocab = toy.shape
+    heads = []
+    for shift in (0.0, 3.0):
+        bias = torch.zeros(vocab)
+        bias[7] = shift
+        head = middle.module(dim, vocab, bias=True)
+        middle.fit(head, toy.weight, bias, toy.stats)
+        heads.append(head.logits(toy.hidden[:64]).log_softmax(-1))
+    if getattr(middle, "bias", "none") != "none":
+        pytest.skip("fits its own bias from the statistics, which saw the dense one")
+    moved = (heads[1] - heads[0])[:, 7] - (heads[1] - heads[0])[:, 100]
+    torch.testing.assert_close(moved, torch.full_like(moved, 3.0), rtol=0.1, atol=0.3)
+
+
+class _Largest(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_log_prob_never_holds_all_logits(
+    middle: HeadSpec, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "_CHUNK_ELEMENTS", 2**14)
+    head = fitted(middle, toy)
+    with torch.no_grad(), _Largest() as largest:
+        head.log_prob(toy.hidden, toy.labels)
+    assert largest.elements < len(toy.hidden) * toy.weight.shape[0] / 8
+
+
+def test_sizes_are_stated(middle: HeadSpec, toy: Toy) -> None:
+    head = fitted(middle, toy)
+    assert head.nbytes == sum(t.numel() * t.itemsize for t in head.state_dict().values())
+    assert 0 < head.bytes_read <= head.nbytes
+    assert 0 < head.n_parameters == sum(p.numel() for p in head.parameters())
+    assert head.flops > 0
+    assert all(isinstance(line, str) for line in head.notes())
