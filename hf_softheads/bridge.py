@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hf_softheads.attention.base import AttentionVariant, Geometry
@@ -477,9 +478,11 @@ def _targets(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
     if labels is None or not model.training or kwargs.get("logits_to_keep"):
         return None
     head = active_head(model)
-    if not isinstance(head, Head) or head.transform is None or hasattr(model, "_loss_function"):
-        return None
-    if getattr(model, "loss_type", None) != "ForCausalLM":
+    if (
+        not isinstance(head, Head)
+        or head.transform is None
+        or model.loss_function is not ForCausalLMLoss
+    ):
         return None
     shifted: Tensor | None = kwargs.get("shift_labels")
     return nn.functional.pad(labels, (0, 1), value=-100)[..., 1:] if shifted is None else shifted

@@ -24,6 +24,20 @@ class Windows:
     attention_mask: Tensor
     n_bytes: int | None = None
 
+    def head(self, tokens: int) -> Windows:
+        """The first windows, about `tokens` tokens of them and at least one window."""
+        count = max(1, tokens // self.input_ids.shape[1])
+        n_bytes = self.n_bytes and round(self.n_bytes * min(1.0, count / len(self.input_ids)))
+        return Windows(
+            self.input_ids[:count], self.labels[:count], self.attention_mask[:count], n_bytes
+        )
+
+    def shuffled(self, seed: int) -> Windows:
+        order = torch.randperm(len(self.input_ids), generator=torch.Generator().manual_seed(seed))
+        return Windows(
+            self.input_ids[order], self.labels[order], self.attention_mask[order], self.n_bytes
+        )
+
     def batches(self, size: int) -> Iterable[dict[str, Tensor]]:
         parts = (
             self.input_ids.split(size),

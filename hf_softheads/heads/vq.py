@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -313,6 +314,12 @@ class VQHead(Head):
             losses.append(self._code_mass().double()[index] - scaled)
         for place, loss in enumerate(losses):
             self.floor[place] = round(1e6 * float((counts * loss).sum() / counts.sum()))
+
+    @property
+    def perplexity_floor(self) -> float | None:
+        """The least perplexity that this map (with its bias as fitted) allows; None without statistics."""
+        value = int(self.floor[0 if self.bias is None else 1])
+        return None if value < 0 else math.exp(value / 1e6)
 
     def notes(self) -> list[str]:
         sizes = self._groups().sizes

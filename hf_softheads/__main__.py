@@ -1,0 +1,3 @@
+from hf_softheads.cli import main
+
+raise SystemExit(main())

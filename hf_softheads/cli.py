@@ -1,0 +1,208 @@
+"""The `softheads` command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_softheads.registry import did_you_mean, variants
+from hf_softheads.tables import Table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run; 0 when it worked, 2 with one line of reason when it could not be done."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip() or type(error).__name__
+        print(f"softheads {arguments.command}: {reason}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="softheads",
+        description="Retrofit a pretrained model with another output head or attention softmax.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser(
+        "demo", help="the whole way on the embedded model, about two minutes"
+    )
+    demo.add_argument("--output", type=Path, default=Path("demo_output"))
+    demo.add_argument(
+        "--quick", action="store_true", help="half a minute: a check, not a measurement"
+    )
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+    listing = commands.add_parser("list", help="every variant, its fields and defaults")
+    listing.add_argument("kind", nargs="?", choices=("head", "attention", "loss"))
+    listing.set_defaults(run=_list)
+
+    patching = commands.add_parser("patch", help="patch a model and save it as safetensors")
+    _add_model(patching)
+    patching.add_argument("--head", metavar="VARIANT")
+    patching.add_argument("--attention", metavar="VARIANT")
+    patching.add_argument("--layers", help="comma-separated layer indices for --attention")
+    patching.add_argument(
+        "--set", action="append", default=[], metavar="KIND.FIELD=VALUE", help="e.g. head.codes=512"
+    )
+    patching.add_argument(
+        "--calibrate", metavar="DATA", help="text for the fit: a file, or 'stdlib'"
+    )
+    patching.add_argument("--tokens", type=int, default=500_000, help="of that text, at most")
+    patching.add_argument("--output", type=Path, required=True)
+    patching.set_defaults(run=_patch)
+
+    evaluating = commands.add_parser("eval", help="strict perplexity, KL and agreement on text")
+    _add_model(evaluating)
+    evaluating.add_argument(
+        "--data", default="stdlib", help="a text file, or 'stdlib' (held-out modules)"
+    )
+    evaluating.add_argument("--reference", help="another model over the same vocabulary")
+    evaluating.add_argument("--window", type=int)
+    evaluating.add_argument("--stride", type=int)
+    evaluating.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    evaluating.set_defaults(run=_eval)
+
+    card = commands.add_parser("card", help="write the model card of an exported folder")
+    card.add_argument("folder", type=Path)
+    card.add_argument("--results", type=Path, help="a results file; default the one in the folder")
+    card.set_defaults(run=_card)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a Hub id, a folder, or 'embedded'")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
+    )
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from hf_softheads import demo
+
+    demo.run(arguments.output, quick=arguments.quick, seed=arguments.seed)
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    import hf_softheads  # noqa: F401 - registers every variant
+
+    for kind in [arguments.kind] if arguments.kind else ("head", "attention", "loss"):
+        table = Table([kind, "fields", "what it is"])
+        for name, cls in variants(kind).items():
+            fields = ", ".join(_field(f) for f in dataclasses.fields(cls))
+            table.add(name, fields, (cls.__doc__ or "").strip().partition("\n")[0])
+        print(table)
+
+
+def _field(field: dataclasses.Field[Any]) -> str:
+    if field.default is dataclasses.MISSING:
+        return field.name
+    return f"{field.name}={field.default}"
+
+
+def _patch(arguments: argparse.Namespace) -> None:
+    import hf_softheads as sh
+    from hf_softheads.checkpoint import export
+
+    chosen = {kind: getattr(arguments, kind) for kind in ("head", "attention")}
+    plan: dict[str, Any] = {kind: {"name": name} for kind, name in chosen.items() if name}
+    for setting in arguments.set:
+        kind, field, value = _setting(setting)
+        if kind not in plan:
+            raise ValueError(f"--set {setting} sets a field of {kind}, but there is no --{kind}")
+        plan[kind][field] = value
+    layers = None
+    if arguments.layers is not None:
+        layers = [int(layer) for layer in arguments.layers.split(",")]
+    config = sh.SoftheadsConfig(**plan, layers=layers)  # before anything is loaded
+    model, tokenizer = _load(arguments.model, arguments.dtype)
+    stats = None
+    if arguments.calibrate:
+        text = _text(arguments.calibrate, "train")
+        rows = sh.data.windows(text, tokenizer, window=_window(model))
+        stats = sh.collect(model, rows.head(arguments.tokens))
+    sh.patch(model, config.head, config.attention, config.layers, stats=stats)
+    print(sh.describe(model))
+    results = {"base_model": arguments.model, "provenance": sh.provenance()}
+    print(f"saved to {export(model, arguments.output, tokenizer, results)}")
+
+
+def _setting(text: str) -> tuple[str, str, Any]:
+    key, equals, value = text.partition("=")
+    kind, dot, field = key.partition(".")
+    if not equals or not dot or kind not in ("head", "attention"):
+        raise ValueError(f"--set takes head.FIELD=VALUE or attention.FIELD=VALUE, got {text!r}")
+    try:
+        return kind, field, json.loads(value)
+    except json.JSONDecodeError:
+        return kind, field, value  # a bare word is a string
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    import hf_softheads as sh
+
+    text = _text(arguments.data, "heldout")
+    model, tokenizer = _load(arguments.model, arguments.dtype)
+    reference = _load(arguments.reference, arguments.dtype)[0] if arguments.reference else None
+    found = sh.evaluate(
+        model,
+        text,
+        tokenizer,
+        reference=reference,
+        window=arguments.window,
+        stride=arguments.stride,
+    )
+    print(found.to_json() if arguments.json else found)
+
+
+def _card(arguments: argparse.Namespace) -> None:
+    from hf_softheads import cards
+
+    source = arguments.results or arguments.folder / cards.RESULTS
+    if not source.is_file():
+        raise FileNotFoundError(f"no results to put on the card: {source}; give --results FILE")
+    print(cards.write_card(arguments.folder, json.loads(source.read_text())))
+
+
+def _load(name: str, dtype: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_softheads import embedded
+
+    if name == embedded.NAME:
+        return embedded.load_embedded(torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return model, AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        hint = did_you_mean(name, [embedded.NAME])
+        raise OSError(
+            f"cannot load {name!r}: {str(error).splitlines()[0]} ({hint} without a Hub)"
+        ) from error
+
+
+def _text(source: str, split: Any) -> list[str]:
+    from hf_softheads.corpus import stdlib_documents
+    from hf_softheads.data import documents
+
+    return stdlib_documents(split) if source == "stdlib" else documents(Path(source))
+
+
+def _window(model: Any) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
+    return int(min(limit, 1024))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,175 @@
+"""`softheads demo`: the whole way of a retrofit on the embedded model, measured at every stage."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from hf_softheads.cards import stage_table
+from hf_softheads.checkpoint import export
+from hf_softheads.corpus import stdlib_documents
+from hf_softheads.data import windows
+from hf_softheads.embedded import load_embedded
+from hf_softheads.evaluation import evaluate
+from hf_softheads.heads.base import Head
+from hf_softheads.heads.vq import VQ, VQHead
+from hf_softheads.patching import dense_head, describe, patch
+from hf_softheads.plots import plot_stages
+from hf_softheads.repair import repair_head
+from hf_softheads.results import provenance, write_json
+from hf_softheads.stats import collect
+
+PROMPT = "def __init__(self,"
+_RELOAD = """
+import sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import hf_softheads
+folder, prompt, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+ids = tokenizer(prompt, return_tensors="pt").input_ids
+with torch.no_grad():
+    logits = model(ids).logits
+written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False)
+save_file({"logits": logits, "written": written}, out)
+"""
+
+
+def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
+    """Dense → VQ as published → repaired → distilled → exported → reloaded in a fresh process.
+
+    Args:
+        output: a folder; an earlier demo's files in it are replaced.
+        quick: less calibration text and a few seconds of distillation, to see that everything works.
+
+    Raises:
+        RuntimeError: the reloaded model does not give the same logits bit for bit.
+    """
+    began = time.perf_counter()
+    torch.manual_seed(seed)
+    model, tokenizer = load_embedded()
+    window = model.config.max_position_embeddings
+    codes = model.config.vocab_size // 8
+    train = windows(stdlib_documents("train"), tokenizer, window=window).shuffled(seed)
+    train = train.head(32_768 if quick else 524_288)
+    held_out = windows(stdlib_documents("heldout"), tokenizer, window=window)
+    if quick:
+        held_out = held_out.shuffled(seed).head(8_192)
+    _say(
+        f"embedded model: {model.num_parameters():,} parameters, vocabulary {model.config.vocab_size:,}"
+    )
+    _say("calibrating on the standard library's train split; measuring on modules it never saw")
+    stats = collect(model, train, states=4096 if quick else 16_384)
+    dense = copy.deepcopy(model)
+    stages: list[dict[str, Any]] = []
+
+    def measure(name: str, patched: nn.Module) -> None:
+        found = evaluate(patched, held_out, reference=dense)
+        stages.append({"name": name, **asdict(found), **_sizes_of(patched, dense)})
+        _say(f"{name}: perplexity {found.perplexity:.2f}")
+
+    measure("dense", model)
+    published = patch(copy.deepcopy(model), head=VQ(codes=codes), stats=stats)
+    measure(f"VQ as published, {codes} codes", published)
+    patch(model, head=VQ.repaired(codes=codes), stats=stats)
+    measure("… repaired, no training", model)
+    steps = 20 if quick else 400
+    repair_head(model, dense_head(model), train.input_ids, steps=steps, seed=seed)
+    measure("… repaired + distilled", model)
+
+    exported = output / "model"
+    shutil.rmtree(exported, ignore_errors=True)
+    sizes = _sizes(model, dense)
+    results = {
+        "base_model": "the embedded model of hf_softheads",
+        "data": "held-out modules of the Python standard library",
+        "stages": stages,
+        "sizes": sizes,
+        "provenance": provenance(seed),
+    }
+    export(model, exported, tokenizer, results)
+    same, text = _reload(model, tokenizer, exported, output)
+    results |= {"reloaded_bit_exact": same, "greedy": text, "seconds": time.perf_counter() - began}
+    write_json(output / "results.json", results)
+    plot_stages(stages, output / "stages.png", f"Embedded model, VQ head with {codes} codes (V/8)")
+
+    print()
+    print(describe(model))
+    print(stage_table(stages))
+    print(
+        f"\nreloaded in a fresh process by AutoModelForCausalLM: logits {'bit-equal' if same else 'DIFFER'}"
+    )
+    print(f"greedy continuation of {PROMPT!r}:\n{_indent(text)}")
+    print(
+        f"\n{output / 'results.json'}, {output / 'stages.png'} and {exported / 'README.md'} written"
+    )
+    if not same:
+        raise RuntimeError("the reloaded model does not give the same logits")
+    return results
+
+
+def _sizes_of(model: Any, dense: Any) -> dict[str, Any]:
+    sizes = _sizes(model, dense)
+    mine, full = sizes["head"], sizes["dense"]
+    head = model.get_output_embeddings()
+    return {
+        "floor": head.perplexity_floor if isinstance(head, VQHead) else None,
+        "parameters_ratio": full["parameters"] / mine["parameters"],
+        "bytes_ratio": full["nbytes"] / mine["nbytes"],
+    }
+
+
+def _sizes(model: Any, dense: Any) -> dict[str, dict[str, int]]:
+    """Parameters, stored bytes, bytes read and FLOPs, both heads as stored in bf16."""
+    weight = dense.get_output_embeddings().weight
+    full = {
+        "parameters": weight.numel(),
+        "nbytes": weight.numel() * 2,
+        "bytes_read": weight.numel() * 2,
+        "flops": weight.numel() * 2,
+    }
+    head = model.get_output_embeddings()
+    if not isinstance(head, Head):
+        return {"head": full, "dense": full}
+    half = copy.deepcopy(head)
+    for name, parameter in half.named_parameters():
+        if name not in head.keep_in_fp32:
+            parameter.data = parameter.data.bfloat16()
+    mine = {
+        "parameters": half.n_parameters,
+        "nbytes": half.nbytes,
+        "bytes_read": half.bytes_read,
+        "flops": half.flops,
+    }
+    return {"head": mine, "dense": full}
+
+
+def _reload(model: Any, tokenizer: Any, folder: Path, output: Path) -> tuple[bool, str]:
+    out = output / "reloaded.safetensors"
+    subprocess.run([sys.executable, "-c", _RELOAD, str(folder), PROMPT, str(out)], check=True)
+    found = load_file(out)
+    out.unlink()
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    model.eval()
+    with torch.no_grad():
+        here = model(ids).logits
+    return torch.equal(here, found["logits"]), tokenizer.decode(found["written"][0])
+
+
+def _indent(text: str) -> str:
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,74 @@
+"""Tiny random models of every supported family, and a tokenizer, made in code: nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import hf_softheads  # noqa: F401 - registers with transformers
+
+VOCAB = 96
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+_NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**_COMMON, "head_dim": 8},
+    "qwen2": _COMMON,
+    "qwen3": {**_COMMON, "head_dim": 8},
+    "mistral": {**_COMMON, "sliding_window": 8},
+    "gemma2": {**_COMMON, "head_dim": 8, "sliding_window": 8},
+    "gemma3_text": {**_COMMON, "head_dim": 8, "sliding_window": 8},
+    "phi3": {**_COMMON, "num_key_value_heads": 4},
+    "olmo2": _COMMON,
+    "granite": {**_COMMON, "logits_scaling": 4.0},
+    "cohere": {**_COMMON, "logit_scale": 0.25},
+    "gpt2": {**_GPT2, **_NO_DROPOUT, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    "gpt_neox": _COMMON,
+    "opt": {
+        **{k: v for k, v in _COMMON.items() if k != "intermediate_size"},
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+        "dropout": 0.0,
+        "do_layer_norm_before": True,
+    },
+}
+
+
+def make_model(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A random model of a family in evaluation mode; its head is scaled up so that its distribution is peaked."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(8.0)
+    return model
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
