@@ -45,9 +45,13 @@ class ASEntmax(Entmax15, name="asentmax"):
         self, query: Tensor, n_keys: Tensor, params: Params, hidden: Tensor | None
     ) -> Tensor:
         if self.adaptive and hidden is not None:
-            x = hidden.to(query.dtype)
-            beta = F.softplus(x @ params["W_beta"].to(x.dtype).mT).mT.unsqueeze(-1)
-            gamma = 2 * (x @ params["W_gamma"].to(x.dtype).mT).tanh().mT.unsqueeze(-1)
+            beta, gamma = (
+                F.linear(hidden.to(query.dtype), params[name].to(query.dtype))
+                .mT.contiguous()
+                .unsqueeze(-1)
+                for name in ("W_beta", "W_gamma")
+            )
+            beta, gamma = F.softplus(beta), 2 * gamma.tanh()
         else:
             beta, gamma = per_head(params["beta"]), per_head(params["gamma"])
         return query * (self.delta + beta * (n_keys + 1).to(query.dtype).log() ** gamma)

@@ -116,8 +116,8 @@ class AttentionSpec(Spec, kind="attention"):
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
         """Attention output `(B, H, Q, Dv)`, fp32 or the inputs' dtype."""
         if self._overrides("scale_queries"):
-            wide = fused.exact(inputs.query)
-            scaled = self.scale_queries(wide, inputs.n_keys().clamp(min=1), params, inputs.hidden)
+            query = fused.wide(inputs.query)
+            scaled = self.scale_queries(query, inputs.n_keys().clamp(min=1), params, inputs.hidden)
             inputs = inputs.but(query=scaled)
         if self._overrides("weights") or not fused.possible(inputs):
             return blocked.attend(self, inputs, params)
@@ -219,14 +219,17 @@ def attend(
         ValueError: shapes that do not fit, missing or unknown parameters, a variant that needs `hidden`.
         TypeError: `keep` is not boolean.
     """
+    _check_shapes(query, key, value)
+    geometry = Geometry(
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        head_dim=query.shape[-1],
+        hidden_size=hidden.shape[-1] if hidden is not None else 0,
+    )
     if params is None:
-        geometry = Geometry(
-            heads=query.shape[1],
-            kv_heads=key.shape[1],
-            head_dim=query.shape[-1],
-            hidden_size=hidden.shape[-1] if hidden is not None else 0,
-        )
         params = {k: v.to(query.device) for k, v in spec.init_params(geometry).items()}
+    else:
+        _check_names(spec, geometry, params)
     return _run(spec, params, query, key, value, keep, scaling, softcap, bias, hidden, causal)
 
 
@@ -286,6 +289,15 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.shape[1] % key.shape[1]:
         raise ValueError(
             f"the number of query heads must be a multiple of that of key heads: {shapes}"
+        )
+
+
+def _check_names(spec: AttentionSpec, geometry: Geometry, params: Params) -> None:
+    with torch.device("meta"):
+        known = spec.init_params(geometry).keys()
+    if params.keys() != known:
+        raise ValueError(
+            f"{spec.name} has the parameters {', '.join(known) or 'none'}, got {', '.join(params) or 'none'}"
         )
 
 

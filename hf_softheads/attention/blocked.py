@@ -255,7 +255,7 @@ def _times(rows: Tensor, columns: Tensor) -> Tensor:
     if heads == kv_heads:
         return rows @ columns
     stacked = rows.reshape(batch, kv_heads, heads // kv_heads * queries, -1)
-    return (stacked @ columns).view(batch, heads, queries, -1)
+    return (stacked @ columns).reshape(batch, heads, queries, -1)
 
 
 def _transposed_times(left: Tensor, right: Tensor, kv_heads: int) -> Tensor:

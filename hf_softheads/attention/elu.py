@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, Inputs, Params
@@ -30,14 +30,19 @@ class ELU(AttentionSpec, name="elu"):
     sums_to_one: ClassVar[bool] = False
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
-        raised = (scores if self.features else F.elu(scores) + 1).masked_fill(~keep, 0)
+        raised = (scores if self.features else _raised(scores)).masked_fill(~keep, 0)
         return raised / (raised.sum(-1, keepdim=True) + self.eps) if self.normalised else raised
 
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
         if self.features:
             query, key = (
-                F.elu(x if x.element_size() > 4 else x.float()) + 1
+                _raised(x if x.element_size() > 4 else x.float())
                 for x in (inputs.query, inputs.key)
             )
             inputs = inputs.but(query=query, key=key)
         return super().forward(inputs, params)
+
+
+def _raised(x: Tensor) -> Tensor:
+    """`elu(x) + 1`, without the rounding of `exp(x) - 1 + 1`."""
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())

@@ -13,13 +13,9 @@ if TYPE_CHECKING:
     from hf_softheads.attention.base import Inputs
 
 
-def exact(query: Tensor) -> Tensor:
-    """The query in the dtype in which a scaled query is not rounded again.
-
-    On a CPU the fused kernel is no slower in fp32; on accelerators the half-precision kernel is the reason to be
-    here, and `attend` rounds the scaled query once.
-    """
-    return query if query.dtype == torch.float64 else query.float()
+def wide(x: Tensor) -> Tensor:
+    """fp32, or float64 if it was."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def possible(inputs: Inputs) -> bool:
@@ -28,13 +24,12 @@ def possible(inputs: Inputs) -> bool:
 
 
 def attend(inputs: Inputs) -> Tensor:
-    """`softmax(query @ key.mT * scaling) @ value`, `(B, H, Q, Dv)`."""
+    """`softmax(query @ key.mT * scaling) @ value`, `(B, H, Q, Dv)`; in the key's dtype on an accelerator."""
     query, key, value = inputs.query, inputs.key, inputs.value
-    if query.dtype != key.dtype:  # a scaled query
-        if query.device.type == "cpu":
-            key, value = key.to(query.dtype), value.to(query.dtype)
-        else:
-            query = query.to(key.dtype)
+    if query.device.type == "cpu":  # no slower than in half precision, and rounded only once
+        query, key, value = wide(query), wide(key), wide(value)
+    else:
+        query = query.to(key.dtype)
     mask, causal = _mask(inputs)
     out: Tensor = F.scaled_dot_product_attention(
         query,
@@ -92,10 +87,11 @@ def attend_with_sinks(inputs: Inputs, sinks: Tensor) -> Tensor:
     mask, causal = _mask(inputs)
     additive = None
     if mask is not None:
-        additive = torch.zeros(mask.shape, dtype=inputs.query.dtype).masked_fill_(~mask, -torch.inf)
-    out: Tensor = _WithSinks.apply(
-        inputs.query, inputs.key, inputs.value, sinks, additive, causal, inputs.scaling
-    )
+        additive = torch.zeros(mask.shape, dtype=wide(inputs.query).dtype).masked_fill_(
+            ~mask, -torch.inf
+        )
+    query, key, value = wide(inputs.query), wide(inputs.key), wide(inputs.value)
+    out: Tensor = _WithSinks.apply(query, key, value, sinks, additive, causal, inputs.scaling)
     return out
 
 
@@ -114,11 +110,11 @@ class _WithSinks(torch.autograd.Function):
         causal: bool,
         scale: float,
     ) -> Tensor:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        raw, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=mask, scale=scale
         )
         logit = sinks.to(lse.dtype).view(1, -1, 1)
-        out = (out * (lse - logit).sigmoid().unsqueeze(-1)).to(out.dtype)
+        out: Tensor = (raw * (lse - logit).sigmoid().unsqueeze(-1)).to(raw.dtype)
         lse = torch.logaddexp(lse, logit)
         ctx.save_for_backward(query, key, value, sinks, mask, out, lse)
         ctx.causal, ctx.scale = causal, scale

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, Geometry, Inputs, Params
@@ -41,7 +42,8 @@ class Gated(AttentionSpec, name="gated"):
         out = super().forward(inputs, params)
         if inputs.hidden is None:
             raise ValueError("gated reads the layer's input: pass hidden")
-        x = inputs.hidden.to(out.dtype)
-        logits: Tensor = x @ params["W"].to(x.dtype).mT + params["b"].to(x.dtype)
-        gates = logits.float().sigmoid().unflatten(-1, (inputs.query.shape[1], -1)).transpose(1, 2)
-        return out * gates
+        x = inputs.hidden
+        logits = F.linear(x, params["W"].to(x.dtype)).to(out.dtype) + params["b"].to(out.dtype)
+        gates = logits.sigmoid().unflatten(-1, (inputs.query.shape[1], -1)).transpose(1, 2)
+        gated: Tensor = out * gates
+        return gated

@@ -25,6 +25,7 @@ class SASoftmax(AttentionSpec, name="sa_softmax"):
     normalised: bool = True
     eps: float = 2e-10
     sums_to_one: ClassVar[bool] = False
+    exact_zeros: ClassVar[bool] = True  # the row's smallest score, if it is negative
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         probabilities = softmax(scores, keep)

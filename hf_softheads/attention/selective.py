@@ -79,5 +79,6 @@ class Selective(AttentionSpec, name="selective"):
 
 def _token_part(name: str, hidden: Tensor, params: Params) -> Tensor:
     """`tanh(f(x))`, `(B, 1, Q, 1)`."""
-    inner, outer = params[f"{name}_in"].float(), params[f"{name}_out"].float()
-    return ((hidden.float() @ inner.mT).tanh() @ outer).tanh()[:, None, :, None]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    inner, outer = params[f"{name}_in"].to(dtype), params[f"{name}_out"].to(dtype)
+    return ((hidden.to(dtype) @ inner.mT).tanh() @ outer).tanh()[:, None, :, None]

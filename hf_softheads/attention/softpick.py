@@ -10,16 +10,18 @@ from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, Params
 
+_LARGEST = 75.0  # exp of it times 10⁵ keys is finite in fp32
+
 
 @dataclass(frozen=True)
 class Softpick(AttentionSpec, name="softpick"):
     """`w = relu(exp(z) - 1) / (Σ |exp(z) - 1| + ε)`
 
-    Source: arXiv:2504.20966, eq. 5. Evaluated as `exp(z - M) - exp(-M)`, M the row's maximum but at least 0: a row of
-    negative scores is 0 whatever M is, and nothing overflows.
+    Source: arXiv:2504.20966, eq. 5. Evaluated as `expm1(z)`, which keeps small scores, shifted only where it would
+    overflow.
 
     Args:
-        eps: ε, in the shifted space as in the authors' code (1e-8 there, 1e-6 in their kernel).
+        eps: ε, relative to `exp(max(z, 0))` as in the authors' code (1e-8 there, 1e-6 in their kernel).
     """
 
     eps: float = 1e-8
@@ -28,23 +30,24 @@ class Softpick(AttentionSpec, name="softpick"):
     sinks: ClassVar[bool] = False
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
-        shifted = self._shifted(scores, keep)[0]
-        return shifted.relu() / (shifted.abs().sum(-1, keepdim=True) + self.eps)
+        raised, eps, _ = self._raised(scores, keep)
+        return raised.relu() / (raised.abs().sum(-1, keepdim=True) + eps)
 
     def weights_vjp(
         self, scores: Tensor, keep: Tensor, params: Params, grad: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """`∂w_i/∂z_j = exp(z_j - M) / Σ · (δ_ij [z_i > 0] - sign(z_j) w_i)`"""
-        shifted, exponential = self._shifted(scores, keep)
-        total = shifted.abs().sum(-1, keepdim=True) + self.eps
-        weights = shifted.relu() / total
-        inner = (weights * grad).sum(-1, keepdim=True)
-        signed = torch.where(shifted > 0, grad - inner, inner.expand_as(grad))
-        return weights, (signed * exponential).div_(total).masked_fill_(~keep, 0), {}
+        """`∂w_i/∂z_j = exp(z_j) / Σ · (δ_ij [z_i > 0] - sign(z_j) w_i)`"""
+        raised, eps, floor = self._raised(scores, keep)
+        total = raised.abs().sum(-1, keepdim=True) + eps
+        weights = raised.relu().div_(total)
+        inner = torch.linalg.vecdot(weights, grad).unsqueeze(-1)
+        signed = torch.where(raised > 0, grad - inner, inner)
+        return weights, signed.mul_(raised.add_(floor)).div_(total).masked_fill_(~keep, 0), {}
 
-    def _shifted(self, scores: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """`exp(z - M) - exp(-M)`, 0 where `~keep`, and `exp(z - M)`."""
+    def _raised(self, scores: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(exp(z) - 1) · exp(-c)`, 0 where `~keep`; ε in the same unit; and `exp(-c)`. `c > 0` where exp overflows."""
         scores = scores.masked_fill(~keep, 0)
         top = scores.detach().amax(-1, keepdim=True).clamp(min=0)
-        exponential = (scores - top).exp()
-        return exponential - (-top).exp(), exponential
+        shift = (top - _LARGEST).relu()
+        raised = (scores - shift).expm1() - (-shift).expm1()
+        return raised, self.eps * (top - shift).exp(), (-shift).exp()
