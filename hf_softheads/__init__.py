@@ -9,6 +9,7 @@ from hf_softheads import attention, bridge, data, heads, losses
 from hf_softheads.checkpoint import SoftheadsQuantizer as _SoftheadsQuantizer  # noqa: F401 - registers itself
 from hf_softheads.config import SoftheadsConfig
 from hf_softheads.evaluation import Evaluation, evaluate
+from hf_softheads.objective import Objective, trainer_loss
 from hf_softheads.patching import dense_head, describe, patch, unpatch
 from hf_softheads.results import provenance
 from hf_softheads.stats import HeadStats, collect
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Evaluation",
     "HeadStats",
+    "Objective",
     "SoftheadsConfig",
     "attention",
     "collect",
@@ -27,5 +29,6 @@ __all__ = [
     "heads",
     "losses",
     "patch",
+    "trainer_loss",
     "unpatch",
 ]

@@ -1,0 +1,414 @@
+"""Losses on a language model: shift, mask, chunks, weights and the teacher."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from hf_softheads.bridge import Reader
+from hf_softheads.chunked import Scorer, blocks, candidate_logits, chunks, gram, widened
+from hf_softheads.headless import (
+    Function,
+    base_model,
+    check_transform,
+    head_as,
+    output_head,
+    vocabulary,
+)
+from hf_softheads.heads.base import Head
+from hf_softheads.heads.dense import DenseHead
+from hf_softheads.losses.base import HiddenLoss, LossSpec, Number, SampledLoss, SummaryLoss
+from hf_softheads.losses.cross_entropy import CrossEntropy
+from hf_softheads.losses.noisy_softmax import NoisySoftmax
+from hf_softheads.registry import spec_from_dict
+
+IGNORE = -100
+Reduction = Literal["mean", "sum", "none"]
+Teacher = Tensor | nn.Module | None
+
+
+class _Call(NamedTuple):
+    """One call's labels, for the stand-in of the head."""
+
+    kept: Tensor  # (B, T - 1) bool
+    labels: Tensor  # (n,)
+    scale: float | None  # None: per token
+    teacher_hidden: Tensor | None  # (B, T, D)
+    forward: Function
+
+
+class Objective:
+    """A weighted sum of losses of a causal language model, without its `(tokens, V)` logits.
+
+        goal = Objective(model, {losses.CrossEntropy(): 1.0, losses.KL(): 0.5}, teacher=dense)
+        goal(input_ids=ids, labels=ids).backward()
+
+    equals `F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())` plus half the KL from the
+    teacher. The model runs its own forward with its head replaced for the call, so any family, adapter or wrapper (DDP,
+    FSDP2, `torch.compile`) works; only positions with a label are scored, and gradients are computed chunk by chunk in
+    the forward pass, with fp32 sums.
+
+    Args:
+        model: a causal language model, patched or not, wrapped or not.
+        losses: loss specs (or their names) with their weights.
+        teacher: for distillation losses: the dense matrix `(V, D)` or a head module, which see the same hidden states
+            as the model's head; or another model of the same vocabulary, which runs on the same batch.
+        chunk: how many logits may be alive at once. By default 2^20 (4 MiB) where blocks of the vocabulary suffice,
+            2^23 (32 MiB) where all logits of a token are needed, and 2^25 on a GPU.
+
+    Attributes:
+        parts: the sum of every loss over the last call's labels, unweighted, by name.
+
+    Raises:
+        ValueError: no loss, a teacher that is missing, unused or of another vocabulary, a model without an output
+            embedding, or one that changes its logits in a way that is not understood.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        losses: Mapping[LossSpec | str, float],
+        teacher: Teacher = None,
+        *,
+        chunk: int | None = None,
+    ):
+        self.model = model
+        self.losses: dict[LossSpec, float] = {
+            spec_from_dict("loss", loss): float(weight) for loss, weight in losses.items()
+        }
+        self.teacher = teacher
+        self.chunk = chunk
+        self.parts: dict[str, Tensor] = {}
+        reader = Reader(base_model(model))
+        self.vocab, self.transform = reader.vocab, reader.transform
+        _check_losses(self.losses, teacher, self.vocab)
+        self._teacher_reader = Reader(teacher) if isinstance(teacher, PreTrainedModel) else None
+        self._transform_checked = False
+        self._stand_in = torch.compiler.disable(self._score)
+        self._call: _Call | None = None
+        self._out: Tensor | None = None
+
+    def __call__(
+        self,
+        *,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        reduction: Reduction = "mean",
+        **batch: Any,
+    ) -> Tensor:
+        """The loss of a batch as the model's forward takes it.
+
+        Args:
+            labels: `(B, T)` token ids; position t is predicted from the states before it; -100 does not count.
+                `(B, T, P)`, filled up with -100, for losses that take several right tokens.
+            num_items_in_batch: divide by this instead of by the number of labels here: with gradient accumulation or
+                several processes, the number in the whole batch.
+            reduction: `none` gives `(B, T - 1)`: the loss of predicting token t + 1, 0 where masked.
+
+        Returns:
+            A scalar, or `(B, T - 1)`; with no label at all exactly 0, with zero gradients.
+
+        Raises:
+            ValueError: labels outside the vocabulary or not shaped as the hidden states.
+        """
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        targets = labels[:, 1:]
+        kept = targets != IGNORE if targets.ndim == 2 else (targets != IGNORE).any(-1)
+        chosen = targets[kept]
+        _check_labels(chosen, self.vocab)
+        if not self._transform_checked and "input_ids" in batch:
+            check_transform(self.model, self.transform, batch)
+            self._transform_checked = True
+        count = len(chosen) if num_items_in_batch is None else float(num_items_in_batch)
+        scale = {"mean": 1 / max(count, 1), "sum": 1.0, "none": None}[reduction]
+        teacher_hidden = self._teacher_hidden(batch)
+        batch.setdefault("use_cache", False)
+        try:
+            with head_as(self.model, self._stand_in) as forward:
+                self._call = _Call(kept, chosen, scale, teacher_hidden, forward)
+                self.model(**batch)
+            out = self._out
+        finally:
+            self._call = self._out = None
+        if out is None:
+            raise RuntimeError(f"{type(self.model).__name__}.forward did not call its head")
+        return out[:, :-1, 0] if scale is None else out.flatten()[0]
+
+    def from_hidden(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of hidden states `(n, D)` that are at hand already, and the tokens `(n,)` that follow them."""
+        scale = 1 / max(len(labels), 1)
+        return self._total(output_head(self.model).forward, hidden, labels, scale, None)
+
+    def _score(self, hidden: Tensor) -> Tensor:
+        """In the place of the head: the loss, shaped `(B, T, 1)`, so that wrappers' hooks see a real output."""
+        assert self._call is not None
+        kept, labels, scale, teacher_hidden, forward = self._call
+        if hidden.shape[:2] != (kept.shape[0], kept.shape[1] + 1):
+            raise ValueError(
+                f"labels are {kept.shape[0]} × {kept.shape[1] + 1}, the model's head sees "
+                f"{' × '.join(map(str, hidden.shape[:2]))} hidden states"
+            )
+        x = hidden[:, :-1][kept]
+        if teacher_hidden is not None:
+            teacher_hidden = teacher_hidden[:, :-1][kept]
+        if scale is None:
+            each = self._per_token(forward, x, labels, teacher_hidden)
+            spread = widened(hidden.new_zeros(kept.shape)).masked_scatter(kept, each)
+            self._out = F.pad(spread, (0, 1)).unsqueeze(-1)
+        else:
+            total = self._total(forward, x, labels, scale, teacher_hidden)
+            self._out = total.expand(*hidden.shape[:2]).unsqueeze(-1)
+        return self._out
+
+    def _total(
+        self,
+        forward: Function,
+        hidden: Tensor,
+        labels: Tensor,
+        scale: float,
+        teacher_hidden: Tensor | None,
+    ) -> Tensor:
+        """`scale · Σ` of all losses over the hidden states `(n, D)`, each by the cheapest way that it allows."""
+        self.parts = {}
+        head = output_head(self.model)
+        dense = self._dense(head)
+        factor = 1.0
+        if (
+            hidden.dtype == torch.float16
+        ):  # p / n would underflow: the backward pass scales, in fp32
+            scale, factor = 1.0, scale
+        apart = [k for k in self.losses if _without_logits(k, dense)]
+        whole = {k: w for k, w in self.losses.items() if k not in apart}
+        total = widened(hidden.new_zeros(()))
+        for loss in apart:
+            each = self._value(loss, hidden, None, labels, None, dense, teacher_hidden)
+            total = total + self._note(loss, each) * (self.losses[loss] * scale)
+        if not whole:
+            return total * factor
+
+        def combine(numbers: Mapping[Number, Tensor]) -> Tensor:
+            each = {k: k.from_summary(numbers) for k in whole if isinstance(k, SummaryLoss)}
+            return torch.stack(
+                [self._note(k, v) * (whole[k] * scale) for k, v in each.items()]
+            ).sum()
+
+        def of_chunk(h: Tensor, logits: Tensor, at: slice) -> Tensor:
+            teacher = self._teacher_logits(h.detach(), teacher_hidden, at)
+            each = {k: self._value(k, h, logits, labels[at], teacher, dense) for k in whole}
+            return torch.stack(
+                [self._note(k, v) * (whole[k] * scale) for k, v in each.items()]
+            ).sum()
+
+        summaries = all(isinstance(k, SummaryLoss) for k in whole)
+        needs: frozenset[Number] = frozenset(
+            n for k in whole if isinstance(k, SummaryLoss) for n in k.needs
+        )
+        if summaries and dense is not None:
+            if self.transform.scale is not None and not needs & {"log_prob", "logsumexp"}:
+                return (total + combine(gram(hidden, labels, dense, needs))) * factor
+            elements = self.chunk or (2**20 if hidden.device.type == "cpu" else 2**25)
+            out = blocks(hidden, labels, dense, needs, combine, elements=elements)
+        elif summaries and isinstance(head, Head) and _has_code_space(head, needs):
+            out = combine(_code_space(head, hidden, labels, needs))
+        else:
+            trained = [p for p in head.parameters() if p.requires_grad]
+            score = dense or functools.partial(self._logits, forward)
+            out = chunks(hidden, trained, score, of_chunk, rows=self._rows(hidden))
+        return (total + out) * factor
+
+    def _per_token(
+        self, forward: Function, hidden: Tensor, labels: Tensor, teacher_hidden: Tensor | None
+    ) -> Tensor:
+        """The weighted sum of all losses per token, `(n,)`; logits are recomputed in the backward pass."""
+        self.parts = {}
+        dense = self._dense(output_head(self.model))
+
+        def chunk(h: Tensor, y: Tensor, start: int) -> Tensor:
+            at = slice(start, start + len(h))
+            logits = self._logits(forward, h)
+            teacher = self._teacher_logits(h.detach(), teacher_hidden, at)
+            of_teacher = None if teacher_hidden is None else teacher_hidden[at]
+            each = {
+                k: self._value(k, h, logits, y, teacher, dense, of_teacher) for k in self.losses
+            }
+            return torch.stack([v * self.losses[k] for k, v in each.items()]).sum(0)
+
+        rows = self._rows(hidden)
+        starts = range(0, max(len(hidden), 1), rows)
+        return torch.cat(
+            [
+                checkpoint(
+                    chunk, hidden[i : i + rows], labels[i : i + rows], i, use_reentrant=False
+                )
+                for i in starts
+            ]
+        )
+
+    def _value(
+        self,
+        loss: LossSpec,
+        hidden: Tensor,
+        logits: Tensor | None,
+        labels: Tensor,
+        teacher: Tensor | None,
+        dense: Scorer | None,
+        teacher_hidden: Tensor | None = None,
+    ) -> Tensor:
+        """One loss per token, `(n,)`, from what it looks at."""
+        if isinstance(loss, HiddenLoss):
+            assert teacher_hidden is not None
+            return loss.from_hidden(widened(hidden), widened(teacher_hidden))
+        if isinstance(loss, SampledLoss) and dense is not None:
+            ids = loss.candidates(labels, self.vocab)
+            target, others = candidate_logits(hidden, labels, ids, dense, cosine=loss.cosine)
+            return loss.from_candidates(target, others, ids, labels, self.vocab)
+        if isinstance(loss, SampledLoss) and loss.cosine:
+            raise ValueError(
+                f"{loss.name} takes cosines with the tokens' rows, so it needs a dense head"
+            )
+        assert logits is not None
+        if isinstance(loss, NoisySoftmax) and dense is not None:
+            norms = dense.weight[labels].detach().norm(dim=-1) * hidden.detach().norm(dim=-1)
+            return loss.per_token(logits, labels, teacher, norms=widened(norms))
+        return loss.per_token(logits, labels, teacher)
+
+    def _note(self, loss: LossSpec, each: Tensor) -> Tensor:
+        total = each.sum()
+        noted = self.parts.get(loss.name)
+        self.parts[loss.name] = total.detach() if noted is None else noted + total.detach()
+        return total
+
+    def _logits(self, forward: Function, hidden: Tensor) -> Tensor:
+        return self.transform(widened(forward(hidden)))
+
+    def _rows(self, hidden: Tensor) -> int:
+        elements = self.chunk or (2**23 if hidden.device.type == "cpu" else 2**25)
+        return max(1, elements // self.vocab)
+
+    def _dense(self, head: nn.Module) -> Scorer | None:
+        """A plain matrix as tensors; None for structured, adapted or quantized heads."""
+        if type(head) not in (nn.Linear, DenseHead):
+            return None
+        return Scorer(head.weight, head.bias, self.transform)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _teacher_hidden(self, batch: Mapping[str, Any]) -> Tensor | None:
+        if self._teacher_reader is None:
+            return None
+        teacher = self._teacher_reader.model
+        training = teacher.training
+        teacher.eval()
+        try:
+            return self._teacher_reader.hidden(
+                **{k: v for k, v in batch.items() if k != "use_cache"}
+            )
+        finally:
+            teacher.train(training)
+
+    @torch.no_grad()
+    def _teacher_logits(
+        self, hidden: Tensor, teacher_hidden: Tensor | None, at: slice
+    ) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        if isinstance(self.teacher, Tensor):
+            gather = getattr(self.teacher, "full_tensor", None)  # a sharded matrix
+            weight = self.teacher if gather is None else gather()
+            return self.transform(widened(F.linear(hidden, weight.to(hidden.device, hidden.dtype))))
+        if teacher_hidden is None:
+            return self.transform(widened(self.teacher(hidden)))
+        assert self._teacher_reader is not None
+        scores: Tensor = self._teacher_reader.head(teacher_hidden[at])
+        return self._teacher_reader.transform(widened(scores))
+
+
+def _has_code_space(head: Head, needs: frozenset[Number]) -> bool:
+    """Whether the head finds these numbers in its own structure instead of from all logits."""
+    return type(head).log_prob is not Head.log_prob and needs <= {"log_prob", "logsumexp"}
+
+
+def _code_space(
+    head: Head, hidden: Tensor, labels: Tensor, needs: frozenset[Number]
+) -> dict[Number, Tensor]:
+    numbers: dict[Number, Tensor] = {}
+    if "log_prob" in needs:
+        numbers["log_prob"] = head.log_prob(hidden, labels)
+    if "logsumexp" in needs:
+        numbers["logsumexp"] = head.logsumexp(hidden)
+    return numbers
+
+
+def _without_logits(loss: LossSpec, dense: Scorer | None) -> bool:
+    return isinstance(loss, HiddenLoss) or (isinstance(loss, SampledLoss) and dense is not None)
+
+
+def _check_labels(chosen: Tensor, vocab: int) -> None:
+    if not chosen.numel():
+        return
+    low, high = int(chosen.min()), int(chosen.max())
+    if high >= vocab or (low < 0 and chosen.ndim == 1):
+        raise ValueError(
+            f"labels must be token ids from 0 to {vocab - 1}, or {IGNORE}; got {low} … {high}. Is the tokenizer "
+            "another model's?"
+        )
+
+
+def _check_losses(losses: Mapping[LossSpec, float], teacher: Teacher, vocab: int) -> None:
+    if not losses:
+        raise ValueError("an Objective needs at least one loss, e.g. {losses.CrossEntropy(): 1.0}")
+    for loss, weight in losses.items():
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of {loss.name} is {weight}")
+    wanting = [loss.name for loss in losses if loss.needs_teacher]
+    if teacher is None:
+        if wanting:
+            raise ValueError(
+                f"{', '.join(wanting)} compare with a teacher: pass teacher=, a dense matrix (V, D), a head "
+                "module, or another model of the same vocabulary"
+            )
+        return
+    if not wanting:
+        names = ", ".join(loss.name for loss in losses)
+        raise ValueError(f"a teacher is given but none of the losses ({names}) uses one")
+    if any(isinstance(loss, HiddenLoss) for loss in losses) and not isinstance(
+        teacher, PreTrainedModel
+    ):
+        raise ValueError("hidden_mse compares with the hidden states of another model as teacher")
+    if vocabulary(teacher) != vocab:
+        raise ValueError(
+            f"the teacher has {vocabulary(teacher)} tokens, the model {vocab}: distillation compares "
+            "distributions over one vocabulary"
+        )
+
+
+def trainer_loss(
+    model: PreTrainedModel,
+    losses: Mapping[LossSpec | str, float] | None = None,
+    teacher: Teacher = None,
+) -> Objective:
+    """Let `transformers.Trainer` (and anything else that calls `model(**batch, labels=…)`) train with an Objective.
+
+    In training mode the model's forward then returns this loss and no logits; in evaluation mode nothing changes.
+    `losses` default to cross-entropy. Returns the Objective.
+    """
+    goal = Objective(model, losses or {CrossEntropy(): 1.0}, teacher)
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if args or kwargs.get("labels") is None or not model.training:
+            return original(*args, **kwargs)
+        return CausalLMOutput(loss=goal(**kwargs))
+
+    model.__dict__["forward"] = forward
+    return goal
