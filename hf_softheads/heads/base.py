@@ -234,7 +234,9 @@ class Head(nn.Module):
         """
         if torch.compiler.is_compiling():
             return build()
-        versions = tuple(0 if t.is_inference() else t._version for t in sources)
+        versions = tuple(
+            (t.data_ptr(), t.dtype, None if t.is_inference() else t._version) for t in sources
+        )
         kept = self._tables.get(name)
         if kept is not None:
             value, old_sources, old_state = kept

@@ -1,0 +1,152 @@
+"""Rows in 8, 4, 3 or 2 bits per weight, rounded so that the logits change least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.metric import metric_root
+from hf_softheads.heads.packing import PARTS, pack_bits, unpack_bits
+from hf_softheads.heads.rows import RowsHead
+from hf_softheads.kmeans import require_finite
+
+if TYPE_CHECKING:
+    from hf_softheads.stats import HeadStats
+
+_SHRINK = torch.linspace(
+    1.0, 0.5, 16
+).tolist()  # of the largest weight: where the grid of a group may end
+_ROWS = 8192  # fitted at once
+
+
+@dataclass(frozen=True)
+class Quantized(HeadSpec, name="quantized"):
+    """`row_v = s_vg (q_v - (2**bits - 1) / 2)`, one scale s per row and group of `group` columns, q in `bits` bits.
+
+    Without `HeadStats` q is round-to-nearest. With them columns are rounded one by one and each column's error is
+    compensated in the columns after it, in the metric `E[h hᵀ]` (GPTQ, arXiv 2210.17323, applied to the head): this
+    minimises the change of the logits, not of the weights.
+
+    Attributes:
+        bits: 8, 6, 5, 4, 3 or 2.
+        group: columns per scale; must divide D. None: the whole row.
+    """
+
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    group: int | None = None
+
+    @classmethod
+    def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
+        return [cls(bits) for bits in (2, 3, 4, 5, 6, 8)]
+
+    def check(self, dim: int, vocab: int) -> None:
+        if self.bits not in PARTS or self.bits in (1, 7):
+            raise ValueError(
+                f"quantized asked for {self.bits} bits; 2, 3, 4, 5, 6 and 8 are possible"
+            )
+        if self.group is not None and (self.group < 1 or dim % self.group):
+            valid = [g for g in (16, 32, 64, 128, 256) if dim % g == 0]
+            raise ValueError(
+                f"quantized asked for groups of {self.group} of {dim} columns; they must divide it: {valid}"
+            )
+
+    def module(self, dim: int, vocab: int, *, bias: bool = False) -> QuantizedHead:
+        return QuantizedHead(dim, vocab, self.bits, self.group or dim, bias=bias)
+
+    @torch.no_grad()
+    def fit(
+        self, head: QuantizedHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
+    ) -> None:
+        require_finite(weight, "output rows")
+        dim = weight.shape[1]
+        moment = torch.eye(dim, dtype=torch.float64)
+        if stats is not None:
+            root = metric_root(stats)[0]
+            moment = root @ root.T
+        moment = moment.to(weight.device)
+        for start in range(0, len(weight), _ROWS):
+            part = weight[start : start + _ROWS].float()
+            scale = _group_scales(part, moment.diagonal().float(), self.bits, self.group or dim)
+            codes = _round_with_feedback(part, scale, moment, self.bits, self.group or dim)
+            head.weight[start : start + _ROWS] = scale
+            for packed, new in zip(head.packed(), pack_bits(codes, self.bits), strict=True):
+                packed[start : start + _ROWS] = new
+        if head.bias is not None and bias is not None:
+            head.bias.copy_(bias)
+
+
+def _group_scales(weight: Tensor, importance: Tensor, bits: int, group: int) -> Tensor:
+    """Scale of least squared error, columns weighted by `importance`, `(R, D / group)`, a bf16 number."""
+    levels = 2**bits
+    cut = weight.view(len(weight), -1, group)
+    importance = importance.view(1, -1, group)
+    largest = cut.abs().amax(-1)
+    best = torch.full_like(largest, torch.inf)
+    scale = torch.zeros_like(largest)
+    for shrink in _SHRINK if bits < 8 else _SHRINK[:1]:
+        step = (largest * (2 * shrink / (levels - 1))).bfloat16().float().clamp_min(1e-30)
+        rounded = _nearest(cut, step.unsqueeze(-1), levels)
+        cost = ((_value(rounded, step.unsqueeze(-1), levels) - cut).square() * importance).sum(-1)
+        better = cost < best
+        best, scale = torch.where(better, cost, best), torch.where(better, step, scale)
+    return scale
+
+
+def _round_with_feedback(
+    weight: Tensor, scale: Tensor, moment: Tensor, bits: int, group: int, block: int = 64
+) -> Tensor:
+    """Codes `(R, D)` uint8: column after column, most active first, errors passed on to the columns that follow."""
+    levels = 2**bits
+    columns = moment.diagonal().argsort(descending=True)
+    inverse = torch.linalg.inv(moment[columns][:, columns])
+    upper = torch.linalg.cholesky(inverse, upper=True).float()  # moment⁻¹ = Uᵀ U
+    rest = weight[:, columns]
+    codes = torch.empty(rest.shape, dtype=torch.uint8, device=weight.device)
+    step = scale[:, columns // group]
+    for first in range(0, len(columns), block):
+        last = min(first + block, len(columns))
+        errors = torch.empty(len(weight), last - first, device=weight.device)
+        for i in range(first, last):
+            q = _nearest(rest[:, i], step[:, i], levels)
+            codes[:, columns[i]] = q.to(torch.uint8)
+            errors[:, i - first] = (rest[:, i] - _value(q, step[:, i], levels)) / upper[i, i]
+            rest[:, i:last] -= errors[:, i - first, None] * upper[i, i:last]
+        rest[:, last:] -= errors @ upper[first:last, last:]
+    return codes
+
+
+def _nearest(weight: Tensor, step: Tensor, levels: int) -> Tensor:
+    return (weight / step + (levels - 1) / 2).round().clamp(0, levels - 1)
+
+
+def _value(codes: Tensor, step: Tensor, levels: int) -> Tensor:
+    return (codes - (levels - 1) / 2) * step
+
+
+class QuantizedHead(RowsHead):
+    """`weight` holds the scales `(V, D / group)`, which train; the codes are packed into bytes."""
+
+    def __init__(self, dim: int, vocab: int, bits: int, group: int, *, bias: bool):
+        super().__init__(dim, vocab, bias=bias)
+        self.bits, self.group = bits, group
+        self.weight = nn.Parameter(torch.empty(vocab, dim // group))
+        for width in PARTS[bits]:
+            size = -(-dim * width // 8)
+            self.register_buffer(f"codes{width}", torch.zeros(vocab, size, dtype=torch.uint8))
+
+    def packed(self) -> list[Tensor]:
+        return [getattr(self, f"codes{width}") for width in PARTS[self.bits]]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        codes = unpack_bits([p[start:stop] for p in self.packed()], self.bits, self.in_features)
+        scale = self.weight[start:stop]
+        centred = codes.to(scale.dtype) - (2**self.bits - 1) / 2
+        rows: Tensor = centred.view(len(scale), -1, self.group) * scale.unsqueeze(-1)
+        return rows.flatten(1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}, group={self.group}"

@@ -1,0 +1,131 @@
+"""Heads whose rows are rebuilt a block at a time: `score_v = row_v · prepare(h) + bias_v`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hf_softheads.heads import base
+from hf_softheads.heads.base import Head, check_temperature, index_dtype
+
+_BLOCK = 4096  # rows rebuilt at once
+
+
+class RowsHead(Head):
+    """A head that stores its rows in another form and rebuilds `_BLOCK` of them at a time.
+
+    A variant implements `rows`, and `prepare` where its rows live in other coordinates than h. All methods stream
+    over the vocabulary: the whole matrix never exists, nor do the logits of many tokens, and the backward pass
+    rebuilds the rows again. A variant may keep its rows in another order than the tokens' in a buffer `order`.
+    """
+
+    order: Tensor | None  # token of each row, (V,)
+
+    def __init__(self, dim: int, vocab: int, *, bias: bool, ordered: bool = False):
+        super().__init__(dim, vocab)
+        self.bias = nn.Parameter(torch.empty(vocab)) if bias else None  # in the order of the rows
+        order = torch.arange(vocab).to(index_dtype(vocab)) if ordered else None
+        self.register_buffer("order", order)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start … stop - 1`, `(stop - start, K)`; differentiable in the parameters."""
+        raise NotImplementedError
+
+    def prepare(self, hidden: Tensor) -> Tensor:
+        """Hidden states `(…, D)` in the coordinates of the rows, `(…, K)`."""
+        return hidden
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        x = self.prepare(hidden)
+        parts = [self._remember(self._block, x, start, stop) for start, stop in self.blocks()]
+        scores = torch.cat(parts, -1)
+        return scores if self.order is None else scores.index_select(-1, self._places())
+
+    def log_prob(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        place = labels if self.order is None else self._places()[labels].long()
+        total, picked = self._stream(hidden, place)
+        return picked - total
+
+    def logsumexp(self, hidden: Tensor) -> Tensor:
+        return self._stream(hidden, hidden.new_zeros(hidden.shape[:-1], dtype=torch.long))[0]
+
+    @torch.no_grad()
+    def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        transform = self._known_transform()
+        x = self.prepare(hidden)
+        values = torch.full((*hidden.shape[:-1], 0), -torch.inf, device=hidden.device)
+        places = torch.zeros(values.shape, dtype=torch.long, device=hidden.device)
+        for start, stop in self.blocks():
+            new, where = transform(self._block(x, start, stop)).topk(min(k, stop - start), -1)
+            values, places = torch.cat([values, new], -1), torch.cat([places, where + start], -1)
+            values, kept = values.topk(min(k, values.shape[-1]), -1)
+            places = places.gather(-1, kept)
+        return values, places if self.order is None else self.order[places].long()
+
+    @torch.no_grad()
+    def sample(
+        self, hidden: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        check_temperature(temperature)
+        transform = self._known_transform()
+        x = self.prepare(hidden)
+        best = torch.full(hidden.shape[:-1], -torch.inf, device=hidden.device)
+        place = torch.zeros(best.shape, dtype=torch.long, device=hidden.device)
+        for start, stop in self.blocks():
+            z = transform(self._block(x, start, stop)) / temperature
+            noise = torch.empty_like(z).exponential_(generator=generator)
+            value, where = (z - noise.log_()).max(
+                -1
+            )  # Gumbel-max over blocks is Gumbel-max over all
+            place = torch.where(value > best, where + start, place)
+            best = torch.maximum(value, best)
+        return place if self.order is None else self.order[place].long()
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of rows that are rebuilt together."""
+        for start in range(0, self.out_features, _BLOCK):
+            yield start, min(start + _BLOCK, self.out_features)
+
+    def _block(self, x: Tensor, start: int, stop: int) -> Tensor:
+        scores = F.linear(x, self.rows(start, stop).to(x.dtype)).float()
+        return scores if self.bias is None else scores + self.bias[start:stop]
+
+    def _stream(self, hidden: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """`logsumexp` of the logits and the logit at `place`, `(…)` fp32 both."""
+        transform = self._known_transform()
+
+        def part(x: Tensor, place: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+            z = transform(self._block(x, start, stop))
+            inside = (place >= start) & (place < stop)
+            where = (place - start).clamp(0, stop - start - 1).unsqueeze(-1)
+            return z.logsumexp(-1), torch.where(inside, z.gather(-1, where).squeeze(-1), 0)
+
+        shape = hidden.shape[:-1]
+        totals, picks = [], []
+        tokens = max(1, base._CHUNK_ELEMENTS // min(_BLOCK, self.out_features))
+        flat = self.prepare(hidden.reshape(-1, hidden.shape[-1]))
+        for x, y in zip(flat.split(tokens), place.reshape(-1).split(tokens), strict=True):
+            total = torch.full(y.shape, -torch.inf, device=x.device)
+            picked = torch.zeros_like(total)
+            for start, stop in self.blocks():
+                mass, pick = self._remember(part, x, y, start, stop)
+                total, picked = torch.logaddexp(total, mass), picked + pick
+            totals.append(total)
+            picks.append(picked)
+        return torch.cat(totals).reshape(shape), torch.cat(picks).reshape(shape)
+
+    def _remember(self, function, *arguments):  # type: ignore[no-untyped-def]
+        """Call a function whose backward pass recomputes it, so that rebuilt rows are not kept."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+    def _places(self) -> Tensor:
+        """Row of each token, `(V,)` int32: the inverse of `order`."""
+        assert self.order is not None
+        order = self.order
+        return self._derived("places", lambda: order.long().argsort().int(), order)

@@ -1,0 +1,71 @@
+"""Bit packing, rounding with error feedback, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_softheads.heads import Quantized
+from hf_softheads.heads.packing import PARTS, pack, pack_bits, unpack, unpack_bits
+from tests.heads.conftest import Toy
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("count", [1, 7, 16])
+def test_packing_is_lossless(width: int, count: int) -> None:
+    values = torch.randint(2**width, (5, count), generator=torch.Generator().manual_seed(0))
+    packed = pack(values, width)
+    assert packed.shape == (5, -(-count * width // 8))
+    assert torch.equal(unpack(packed, width, count).long(), values)
+
+
+@pytest.mark.parametrize("bits", PARTS)
+def test_cut_packing_is_lossless(bits: int) -> None:
+    values = torch.randint(2**bits, (5, 13), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(unpack_bits(pack_bits(values, bits), bits, 13).long(), values)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [None, 8])
+def test_feedback_beats_rounding_on_logits(bits: int, group: int | None, toy: Toy) -> None:
+    spec = Quantized(bits=bits, group=group)  # type: ignore[arg-type]
+    errors = []
+    for stats in (toy.stats, None):
+        head = spec.module(16, 256)
+        spec.fit(head, toy.weight, None, stats)
+        error = head(toy.hidden) - toy.hidden @ toy.weight.T
+        errors.append(float(error.detach().square().mean()))
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_without_statistics_it_rounds_to_nearest(toy: Toy) -> None:
+    head = Quantized(bits=8).module(16, 256)
+    Quantized(bits=8).fit(head, toy.weight, None, None)
+    rows = head.rows(0, 256)
+    step = head.weight
+    assert ((rows - toy.weight).abs() <= 0.51 * step).float().mean() > 0.99
+    assert head.codes8.dtype == torch.uint8
+
+
+def test_bytes_are_packed() -> None:
+    head = Quantized(bits=3, group=16).module(64, 100).bfloat16()
+    assert head.nbytes == 100 * 64 * 3 // 8 + 100 * 4 * 2
+
+
+def test_scales_survive_bf16_exactly(toy: Toy) -> None:
+    spec = Quantized(bits=4)
+    head = spec.module(16, 256)
+    spec.fit(head, toy.weight, None, toy.stats)
+    assert torch.equal(head.weight, head.weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("bits", [0, 1, 7, 9, 16])
+def test_refuses_other_bits(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"asked for {bits} bits; 2, 3, 4, 5, 6 and 8"):
+        Quantized(bits=bits).check(16, 256)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("group", [0, 5, 48])
+def test_refuses_groups_that_do_not_divide(group: int) -> None:
+    with pytest.raises(ValueError, match=f"groups of {group} of 64 columns; they must divide it"):
+        Quantized(group=group).check(64, 256)
