@@ -64,11 +64,6 @@ def attention_forward(
     if keep is None and causal and key.shape[2] > query.shape[2] > 1:
         # a static cache being filled: the mask is implied and only the first Q entries are written
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    if dropout and module.training:
-        raise NotImplementedError(
-            f"{type(module).__name__} trains with attention dropout {dropout}, which a replaced softmax does not "
-            "apply; set it to 0 in the model's config (attention_dropout, attn_pdrop, …)"
-        )
     probe = getattr(variant, "probe", None)
     if probe is not None:
         probe.append({name for name, given in kwargs.items() if given is not None})
@@ -80,7 +75,9 @@ def attention_forward(
         scaling=scaling,
         softcap=kwargs.get("softcap"),
         bias=bias,
+        hidden=variant.take_hidden(),
         causal=causal,
+        dropout=dropout,
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -101,6 +98,20 @@ def visible(
         return mask, None
     keep = mask > torch.finfo(mask.dtype).min / 2
     return keep, mask.masked_fill(~keep, 0.0)
+
+
+def show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an attention layer: hands the layer's input to its variant."""
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    module.get_submodule(CHILD).hidden = hidden
+
+
+def forget_hidden(module: nn.Module) -> None:
+    """Take `show_hidden` off again."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is show_hidden:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)

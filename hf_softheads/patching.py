@@ -243,7 +243,10 @@ def install_attention(model: PreTrainedModel, variants: dict[int, AttentionVaria
     """Give the chosen layers their variant and route the model's attention through it."""
     layers = bridge.attention_layers(model)
     for index, variant in variants.items():
-        layers[index][1].add_module(bridge.CHILD, variant)
+        module = layers[index][1]
+        module.add_module(bridge.CHILD, variant)
+        if variant.spec.needs_hidden:
+            module.register_forward_pre_hook(bridge.show_hidden, with_kwargs=True)
     bridge.adopt(model)
     model.set_attn_implementation(bridge.IMPLEMENTATION)
 
@@ -387,6 +390,7 @@ def _restore(
     if layers and original.attention is not None:
         for _, module in bridge.attention_layers(model).values():
             module._modules.pop(bridge.CHILD, None)
+            bridge.forget_hidden(module)
         model.set_attn_implementation(original.attention)
     if head and original.head is not None:
         model.set_output_embeddings(original.head)

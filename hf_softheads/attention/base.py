@@ -52,6 +52,7 @@ class Inputs:
         window: a query sees only the `window` latest of its keys, its own one included.
         hidden: the layer's input `(B, Q, hidden_size)`, for variants with `needs_hidden`.
         causal: the own key of a query is the last one it sees; otherwise the one at its own index (encoders).
+        dropout: probability with which a weight is dropped and the others grow, in training.
     """
 
     query: Tensor
@@ -65,6 +66,7 @@ class Inputs:
     window: int | None = None
     hidden: Tensor | None = None
     causal: bool = True
+    dropout: float = 0.0
 
     def but(self, **changes: Any) -> Inputs:
         """A copy with some fields replaced."""
@@ -147,8 +149,14 @@ class AttentionVariant(nn.Module):
     def __init__(self, spec: AttentionSpec, geometry: Geometry):
         super().__init__()
         self.spec, self.geometry = spec, geometry
+        self.hidden: Tensor | None = None  # the layer's input, for one call
         for name, value in spec.init_params(geometry).items():
             self.register_parameter(name, nn.Parameter(value))
+
+    def take_hidden(self) -> Tensor | None:
+        """The layer's input, which is then forgotten."""
+        hidden, self.hidden = self.hidden, None
+        return hidden
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -172,11 +180,24 @@ class AttentionVariant(nn.Module):
         bias: Tensor | None = None,
         hidden: Tensor | None = None,
         causal: bool = True,
+        dropout: float = 0.0,
     ) -> Tensor:
-        """`(B, H, Q, Dv)` in the query's dtype; arguments as in `Inputs`."""
-        params = dict(self.named_parameters(recurse=False))
+        """`(B, H, Q, Dv)` in the query's dtype; arguments as in `Inputs`, dropout in training mode only."""
         return _run(
-            self.spec, params, query, key, value, keep, scaling, softcap, bias, hidden, causal
+            self.spec,
+            dict(self.named_parameters(recurse=False)),
+            Inputs(
+                query=query,
+                key=key,
+                value=value,
+                keep=keep,
+                scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+                softcap=softcap,
+                bias=bias,
+                hidden=hidden,
+                causal=causal,
+                dropout=dropout if self.training else 0.0,
+            ),
         )
 
     def extra_repr(self) -> str:
@@ -230,7 +251,18 @@ def attend(
         params = {k: v.to(query.device) for k, v in spec.init_params(geometry).items()}
     else:
         _check_names(spec, geometry, params)
-    return _run(spec, params, query, key, value, keep, scaling, softcap, bias, hidden, causal)
+    inputs = Inputs(
+        query=query,
+        key=key,
+        value=value,
+        keep=keep,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        bias=bias,
+        hidden=hidden,
+        causal=causal,
+    )
+    return _run(spec, params, inputs)
 
 
 def softmax(scores: Tensor, keep: Tensor) -> Tensor:
@@ -244,38 +276,16 @@ def per_head(parameter: Tensor) -> Tensor:
     return parameter.view(1, -1, 1, 1)
 
 
-def _run(
-    spec: AttentionSpec,
-    params: Params,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keep: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    bias: Tensor | None,
-    hidden: Tensor | None,
-    causal: bool,
-) -> Tensor:
-    _check_shapes(query, key, value)
-    if spec.needs_hidden and hidden is None:
+def _run(spec: AttentionSpec, params: Params, inputs: Inputs) -> Tensor:
+    _check_shapes(inputs.query, inputs.key, inputs.value)
+    if spec.needs_hidden and inputs.hidden is None:
         raise ValueError(
             f"{spec.name} reads the layer's input: pass hidden=(B, Q, hidden_size), the tensor that the layer's "
             "query projection reads"
         )
-    inputs = Inputs(
-        query=query,
-        key=key,
-        value=value,
-        keep=_four_dimensional(keep, query, key),
-        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        softcap=softcap,
-        bias=bias,
-        hidden=hidden,
-        causal=causal,
-    )
-    with torch.autocast(query.device.type, enabled=False):  # fp32 inside means fp32
-        return spec.forward(inputs, params).to(query.dtype)
+    inputs = inputs.but(keep=_four_dimensional(inputs.keep, inputs.query, inputs.key))
+    with torch.autocast(inputs.query.device.type, enabled=False):  # fp32 inside means fp32
+        return spec.forward(inputs, params).to(inputs.query.dtype)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -293,6 +303,8 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_names(spec: AttentionSpec, geometry: Geometry, params: Params) -> None:
+    if torch.compiler.is_compiling():
+        return
     with torch.device("meta"):
         known = spec.init_params(geometry).keys()
     if params.keys() != known:

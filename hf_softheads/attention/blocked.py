@@ -72,6 +72,14 @@ class Block:
     rows: slice
     columns: slice
 
+    def dropped(self, weights: Tensor, inputs: Inputs, seed: int) -> Tensor:
+        """Dropout on the block's weights, or on their gradient: the same mask for the same seed."""
+        generator = torch.Generator(weights.device).manual_seed(
+            seed + self.rows.start + self.batch.start * inputs.query.shape[2]
+        )
+        stays = torch.rand(weights.shape, device=weights.device, generator=generator)
+        return weights * (stays >= inputs.dropout) / (1 - inputs.dropout)
+
 
 class _Blocked(torch.autograd.Function):
     @staticmethod
@@ -82,9 +90,12 @@ class _Blocked(torch.autograd.Function):
         query, value = inputs.query, inputs.value
         out = query.new_empty(*query.shape[:3], value.shape[-1])
         ctx.blocks = list(_blocks(inputs))
+        ctx.seed = int(torch.randint(2**62, ())) if inputs.dropout else 0
         for block in ctx.blocks:
             scores = _finished(inputs, block, _capped(inputs, _raw(inputs, block)))
             weights = spec.weights(scores, _kept(inputs, block), params)
+            if inputs.dropout:
+                weights = block.dropped(weights, inputs, ctx.seed)
             out[block.batch, :, block.rows] = _times(weights, value[block.batch, :, block.columns])
         return out
 
@@ -109,12 +120,13 @@ class _Blocked(torch.autograd.Function):
                 out_grad = grad[batch, :, rows]
                 capped = _capped(inputs, _raw(inputs, block))
                 scores = _finished(inputs, block, capped)
-                weights, dscores, by_name = ctx.spec.weights_vjp(
-                    scores,
-                    _kept(inputs, block),
-                    params,
-                    _times(out_grad, value[batch, :, columns].mT),
-                )
+                dweights = _times(out_grad, value[batch, :, columns].mT)
+                if inputs.dropout:
+                    dweights = block.dropped(dweights, inputs, ctx.seed)
+                keep = _kept(inputs, block)
+                weights, dscores, by_name = ctx.spec.weights_vjp(scores, keep, params, dweights)
+                if inputs.dropout:
+                    weights = block.dropped(weights, inputs, ctx.seed)
                 for name, gradient in by_name.items():
                     dparams[name] += gradient
                 if dbias is not None:
@@ -140,6 +152,7 @@ def _traceable(spec: AttentionSpec, inputs: Inputs, params: Params) -> Tensor:
         part = inputs.but(query=query, key=key, value=value)
         scores = _finished(part, block, _capped(part, _raw(part, block)))
         weights = spec.weights(scores, _kept(part, block), params)
+        weights = torch.dropout(weights, inputs.dropout, True)
         return _times(weights, value[block.batch, :, block.columns])
 
     arguments = (inputs.query, inputs.key, inputs.value)

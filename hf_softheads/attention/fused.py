@@ -36,6 +36,7 @@ def attend(inputs: Inputs) -> Tensor:
         key,
         value,
         attn_mask=mask,
+        dropout_p=inputs.dropout,
         is_causal=causal,
         scale=inputs.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -76,6 +77,7 @@ def sinks_possible(inputs: Inputs) -> bool:
     return (
         possible(inputs)
         and inputs.bias is None
+        and not inputs.dropout
         and inputs.query.device.type == "cpu"
         and inputs.query.shape[-1] == inputs.value.shape[-1]
         and not torch.compiler.is_compiling()

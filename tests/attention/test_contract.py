@@ -284,3 +284,33 @@ def test_compiles_without_graph_breaks(spec: AttentionSpec) -> None:
     for name in wanted:
         close(f"d{name}", got[name], wanted[name], 1e-5 * getattr(spec, "p", 1) ** 2)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "spec", [s for s in SPECS if s.name in ("softpick", "learned_sink", "softmax")], ids=label
+)
+def test_dropout_is_that_of_the_weights(spec: AttentionSpec) -> None:
+    """Unbiased, drawn anew in every call, and the backward pass meets the same mask as the forward."""
+    inputs = sample(spec, batch=1, queries=70, dtype=torch.float64).requires_grad()
+    module = spec.module(Geometry(heads=4, kv_heads=2, head_dim=8, hidden_size=12)).double()
+
+    def run() -> Tensor:
+        return module(inputs.query, inputs.key, inputs.value, None, dropout=0.5)
+
+    torch.manual_seed(0)
+    first = run()
+    assert not torch.equal(run(), first)
+    mean = torch.stack([run().detach() for _ in range(400)]).mean(0)
+    close("mean", mean, module.eval()(inputs.query, inputs.key, inputs.value, None), 0.35)
+    module.train()
+
+    def seeded(value: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return module(inputs.query, inputs.key, value, None, dropout=0.5)
+
+    (grad,) = torch.autograd.grad(seeded(inputs.value).sum(), inputs.value)
+    step = torch.zeros_like(grad)
+    step[0, 1, 3, 2] = 1.0  # the output is linear in the values
+    with torch.no_grad():
+        slope = (seeded(inputs.value + step) - seeded(inputs.value)).sum()
+    close("slope", slope, grad[0, 1, 3, 2], 1e-9)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import hf_softheads.attention as sa
-from hf_softheads.attention.base import AttentionSpec, attend
+from hf_softheads.attention.base import AttentionSpec, Geometry, attend
 from hf_softheads.attention.selective import Selective
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -159,7 +159,7 @@ def test_selective_token_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
         "hf_softheads.attention.selective._token_part", lambda name, hidden, params: fields[name]
     )
     spec = Selective(position="sigmoid", token=True, values=True)
-    params = {"beta": torch.tensor(-1.0)}
+    params = {**spec.init_params(Geometry(4, 4, 16, 4)), "beta": torch.tensor(-1.0)}
     out = attend(spec, *leaves, params=params, hidden=torch.zeros(2, 17, 4))
     close("out", out, want["out"], FORWARD)
     for n, grad in zip("qkv", torch.autograd.grad(out, leaves, want["grad_out"]), strict=True):
