@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from hf_softheads.attention.base import AttentionVariant, Geometry
+from hf_softheads.attention.base import AttentionVariant, Geometry, Inputs, run
+from hf_softheads.attention.softmax import Softmax
 from hf_softheads.heads.base import Head, LogitTransform
 
 IMPLEMENTATION = (
     "hf_softheads"  # the attention implementation's name, also the marker in config.json
 )
+SOFTMAX = Softmax()
 CHILD = "softheads"  # the attention layers' child module that holds a variant and its parameters
 
 
@@ -44,41 +45,43 @@ def attention_forward(
     """What transformers calls in every attention layer: query `(B,H,Q,D)` to `(B,Q,H,Dv)`.
 
     A layer without a variant computes ordinary softmax attention.
+
+    Raises:
+        NotImplementedError: the layer has attention sinks and its variant has none.
     """
     variant = getattr(module, CHILD, None)
-    if variant is None:
-        out, weights = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout,
-            scaling,
-            is_causal=is_causal,
-            **kwargs,
+    spec = SOFTMAX if variant is None else variant.spec
+    if kwargs.get("s_aux") is not None and not spec.takes_sinks:
+        raise NotImplementedError(
+            f"{type(module).__name__} has learned attention sinks (s_aux), which {spec.name} would ignore; patch every "
+            "layer of this model with `learned_sink`, which starts from them"
         )
-        return out, weights
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     keep, bias = visible(attention_mask, query, key, causal)
+    position_bias = kwargs.get("position_bias")
+    if position_bias is not None:
+        bias = position_bias if bias is None else bias + position_bias
     if keep is None and causal and key.shape[2] > query.shape[2] > 1:
         # a static cache being filled: the mask is implied and only the first Q entries are written
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    probe = getattr(variant, "probe", None)
-    if probe is not None:
-        probe.append({name for name, given in kwargs.items() if given is not None})
-    out = variant(
-        query,
-        key,
-        value,
-        keep,
-        scaling=scaling,
+    inputs = Inputs(
+        query=query,
+        key=key,
+        value=value,
+        keep=keep,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         bias=bias,
-        hidden=variant.take_hidden(),
         causal=causal,
-        dropout=dropout,
+        dropout=dropout if module.training else 0.0,
     )
+    if variant is None:
+        out = run(SOFTMAX, {}, inputs)
+    else:
+        probe = getattr(variant, "probe", None)
+        if probe is not None:
+            probe.append({name for name, given in kwargs.items() if given is not None})
+        out = variant(inputs)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -104,6 +107,14 @@ def show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Forward pre-hook of an attention layer: hands the layer's input to its variant."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     module.get_submodule(CHILD).hidden = hidden
+
+
+def take_sinks(module: nn.Module, variant: AttentionVariant) -> None:
+    """Start a variant that takes them from the attention sinks `(H,)` that the layer was trained with."""
+    sinks = getattr(module, "sinks", None)
+    if variant.spec.takes_sinks and isinstance(sinks, Tensor):
+        with torch.no_grad():
+            variant.get_parameter("sinks").copy_(sinks)
 
 
 def forget_hidden(module: nn.Module) -> None:

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=nn.Module)
 
-# Keywords of the attention interface that a variant may ignore: they change masks or caches, which arrive resolved.
+# Keywords of the attention interface that the bridge understands or that a variant may ignore: they change masks or
+# caches, which arrive resolved.
 _HARMLESS = {
     "position_ids",
+    "position_bias",
+    "s_aux",
     "sliding_window",
     "softcap",
     "use_cache",
@@ -344,6 +347,7 @@ def _fresh_variants(model: PreTrainedModel, plan: SoftheadsConfig) -> dict[int, 
             )
         variant.to(device=device, dtype=torch.float32)
         variant.reset_parameters()
+        bridge.take_sinks(layers[index][1], variant)
         variant.train(layers[index][1].training)
     return variants
 

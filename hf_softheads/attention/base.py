@@ -94,6 +94,7 @@ class AttentionSpec(Spec, kind="attention"):
     training_free: ClassVar[bool] = False  # a pretrained model keeps its quality without training
     decode_safe: ClassVar[bool] = True  # a step over a cache equals the full forward
     needs_hidden: ClassVar[bool] = False  # reads the layer's input
+    takes_sinks: ClassVar[bool] = False  # starts from the sinks of a model that has them (gpt-oss)
 
     def init_params(self, geometry: Geometry) -> dict[str, Tensor]:
         """Fresh parameters by name, fp32."""
@@ -153,11 +154,6 @@ class AttentionVariant(nn.Module):
         for name, value in spec.init_params(geometry).items():
             self.register_parameter(name, nn.Parameter(value))
 
-    def take_hidden(self) -> Tensor | None:
-        """The layer's input, which is then forgotten."""
-        hidden, self.hidden = self.hidden, None
-        return hidden
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise every parameter; called by transformers for keys that a checkpoint lacks."""
@@ -168,37 +164,12 @@ class AttentionVariant(nn.Module):
             if not getattr(parameter, "_is_hf_initialized", False):
                 parameter.copy_(value)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        keep: Tensor | None,
-        *,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        bias: Tensor | None = None,
-        hidden: Tensor | None = None,
-        causal: bool = True,
-        dropout: float = 0.0,
-    ) -> Tensor:
-        """`(B, H, Q, Dv)` in the query's dtype; arguments as in `Inputs`, dropout in training mode only."""
-        return _run(
-            self.spec,
-            dict(self.named_parameters(recurse=False)),
-            Inputs(
-                query=query,
-                key=key,
-                value=value,
-                keep=keep,
-                scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-                softcap=softcap,
-                bias=bias,
-                hidden=hidden,
-                causal=causal,
-                dropout=dropout if self.training else 0.0,
-            ),
-        )
+    def forward(self, inputs: Inputs) -> Tensor:
+        """`(B, H, Q, Dv)` in the query's dtype."""
+        if self.hidden is not None:  # the layer's input, from the hook of this very call
+            inputs = inputs.but(hidden=self.hidden)
+            self.hidden = None
+        return run(self.spec, dict(self.named_parameters(recurse=False)), inputs)
 
     def extra_repr(self) -> str:
         return repr(self.spec)
@@ -262,7 +233,20 @@ def attend(
         hidden=hidden,
         causal=causal,
     )
-    return _run(spec, params, inputs)
+    return run(spec, params, inputs)
+
+
+def run(spec: AttentionSpec, params: Params, inputs: Inputs) -> Tensor:
+    """`attend` on prepared arguments; `params` are not checked."""
+    _check_shapes(inputs.query, inputs.key, inputs.value)
+    if spec.needs_hidden and inputs.hidden is None:
+        raise ValueError(
+            f"{spec.name} reads the layer's input: pass hidden=(B, Q, hidden_size), the tensor that the layer's "
+            "query projection reads"
+        )
+    inputs = inputs.but(keep=_four_dimensional(inputs.keep, inputs.query, inputs.key))
+    with torch.autocast(inputs.query.device.type, enabled=False):  # fp32 inside means fp32
+        return spec.forward(inputs, params).to(inputs.query.dtype)
 
 
 def softmax(scores: Tensor, keep: Tensor) -> Tensor:
@@ -274,18 +258,6 @@ def softmax(scores: Tensor, keep: Tensor) -> Tensor:
 def per_head(parameter: Tensor) -> Tensor:
     """`(H,)` to `(1, H, 1, 1)`."""
     return parameter.view(1, -1, 1, 1)
-
-
-def _run(spec: AttentionSpec, params: Params, inputs: Inputs) -> Tensor:
-    _check_shapes(inputs.query, inputs.key, inputs.value)
-    if spec.needs_hidden and inputs.hidden is None:
-        raise ValueError(
-            f"{spec.name} reads the layer's input: pass hidden=(B, Q, hidden_size), the tensor that the layer's "
-            "query projection reads"
-        )
-    inputs = inputs.but(keep=_four_dimensional(inputs.keep, inputs.query, inputs.key))
-    with torch.autocast(inputs.query.device.type, enabled=False):  # fp32 inside means fp32
-        return spec.forward(inputs, params).to(inputs.query.dtype)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -25,6 +25,7 @@ class LearnedSink(AttentionSpec, name="learned_sink"):
     start: float = -10.0
     sums_to_one: ClassVar[bool] = False
     training_free: ClassVar[bool] = True
+    takes_sinks: ClassVar[bool] = True
 
     def init_params(self, geometry: Geometry) -> dict[str, Tensor]:
         """`sinks (H,)`."""

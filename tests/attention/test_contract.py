@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.attention import blocked, fused
-from hf_softheads.attention.base import AttentionSpec, Geometry
+from hf_softheads.attention.base import AttentionSpec, Geometry, Inputs
 from hf_softheads.registry import spec_from_dict
 from tests.attention.samples import ROW_MAPS, SPECS, label, left_padded, sample
 
@@ -243,18 +243,21 @@ def test_the_module_is_the_function(spec: AttentionSpec) -> None:
     geometry = Geometry(heads=4, kv_heads=2, head_dim=8, hidden_size=12)
     torch.manual_seed(0)
     module = spec.module(geometry)
-    inputs = sample(spec)
+    arguments = sample(spec)
+    inputs = Inputs(arguments.query, arguments.key, arguments.value, None, 8**-0.5)
     params = dict(module.named_parameters())
     assert params.keys() == spec.init_params(geometry).keys()
-    out = module(inputs.query, inputs.key, inputs.value, None, hidden=inputs.hidden)
-    assert torch.equal(out, inputs(params=params))
+    module.hidden = arguments.hidden
+    out = module(inputs)
+    assert module.hidden is None
+    assert torch.equal(out, arguments(params=params))
     with torch.device("meta"):
         empty = spec.module(geometry)
     assert all(p.is_meta for p in empty.parameters())
     empty = empty.to_empty(device="cpu")
     empty.load_state_dict(module.state_dict())
-    again = empty(inputs.query, inputs.key, inputs.value, None, hidden=inputs.hidden)
-    assert torch.equal(out, again)
+    empty.hidden = arguments.hidden
+    assert torch.equal(out, empty(inputs))
     with torch.no_grad():
         for p in module.parameters():
             p.fill_(torch.nan)
@@ -294,19 +297,18 @@ def test_dropout_is_that_of_the_weights(spec: AttentionSpec) -> None:
     inputs = sample(spec, batch=1, queries=70, dtype=torch.float64).requires_grad()
     module = spec.module(Geometry(heads=4, kv_heads=2, head_dim=8, hidden_size=12)).double()
 
-    def run() -> Tensor:
-        return module(inputs.query, inputs.key, inputs.value, None, dropout=0.5)
+    def run(dropout: float = 0.5, value: Tensor = inputs.value) -> Tensor:
+        return module(Inputs(inputs.query, inputs.key, value, None, 8**-0.5, dropout=dropout))
 
     torch.manual_seed(0)
     first = run()
     assert not torch.equal(run(), first)
     mean = torch.stack([run().detach() for _ in range(400)]).mean(0)
-    close("mean", mean, module.eval()(inputs.query, inputs.key, inputs.value, None), 0.35)
-    module.train()
+    close("mean", mean, run(0.0), 0.35)
 
     def seeded(value: Tensor) -> Tensor:
         torch.manual_seed(1)
-        return module(inputs.query, inputs.key, value, None, dropout=0.5)
+        return run(value=value)
 
     (grad,) = torch.autograd.grad(seeded(inputs.value).sum(), inputs.value)
     step = torch.zeros_like(grad)
