@@ -94,7 +94,7 @@ class SoftheadsQuantizer(HfQuantizer):
         if not self.patched:
             return
         plan: SoftheadsConfig = self.quantization_config
-        in_fp32 = set(model._keep_in_fp32_modules_strict or ())
+        in_fp32: set[str] = set()
         if plan.head is not None and model.get_output_embeddings() is not None:
             path, dense = bridge.find_head(model)
             vocab, dim = dense.weight.shape
@@ -110,7 +110,7 @@ class SoftheadsQuantizer(HfQuantizer):
                 variants = patching.build_variants(model, plan)
             patching.install_attention(model, variants)
             in_fp32.add(bridge.CHILD)
-        model._keep_in_fp32_modules_strict = in_fp32
+        _keep_in_fp32(model, in_fp32)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from hf_softheads import patching
@@ -168,6 +168,15 @@ for _name in (
         setattr(SoftheadsQuantizer, _name, _forward_to_inner(_name))
 
 
+def _keep_in_fp32(model: Any, names: set[str]) -> None:
+    """Exempt parameters from the dtype that the user loads with."""
+    model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | names
+    if isinstance(
+        getattr(model, "dtype_plan", None), dict
+    ):  # transformers 5.0 has made its plan already
+        model.dtype_plan.update(dict.fromkeys(names, torch.float32))
+
+
 def _remove_quantized_marks(model: PreTrainedModel) -> None:
     model.is_quantized = False
     for name in ("hf_quantizer", "quantization_method"):
@@ -198,13 +207,12 @@ def export(
         )
     needed = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     fresh = folder.with_name(folder.name + ".writing")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh.mkdir()
-    except FileExistsError:
+    if fresh.exists():
         raise FileExistsError(
             f"{fresh} is in the way: another export is running, or was killed; remove it"
-        ) from None
+        )
+    try:
+        fresh.mkdir(parents=True)
     except OSError as error:
         raise OSError(f"cannot write to {folder.parent}: {error.strerror or error}") from error
     try:

@@ -1,0 +1,179 @@
+"""What `patch` refuses, with the reason, before anything has changed; and what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import hf_softheads as sh
+
+from .conftest import VOCAB, make_model
+
+
+@pytest.fixture
+def model():
+    return make_model("llama")
+
+
+def refused(model, tokens, error, message, **arguments):
+    before, state, kind = model(tokens).logits, copy.deepcopy(model.state_dict()), type(model)
+    with pytest.raises(error, match=message):
+        sh.patch(model, **arguments)
+    assert type(model) is kind
+    assert model.state_dict().keys() == state.keys()
+    assert torch.equal(model(tokens).logits, before)
+
+
+@pytest.mark.parametrize("codes", [-1, 0, VOCAB, VOCAB + 1])
+def test_number_of_codes(model, tokens, codes):
+    refused(model, tokens, ValueError, f"asked for {codes} codes", head=sh.heads.VQ(codes=codes))
+
+
+def test_nothing_asked(model, tokens):
+    refused(model, tokens, ValueError, "nothing to do")
+
+
+@pytest.mark.parametrize("layer", [2, -3, 99])
+def test_unknown_layer(model, tokens, layer):
+    message = f"layer {layer} does not exist: the model has layers 0 to 1"
+    refused(model, tokens, ValueError, message, attention="softmax", layers=[layer])
+
+
+def test_empty_selection(model, tokens):
+    refused(model, tokens, ValueError, "no layer selected", attention="softmax", layers=[])
+
+
+def test_layers_without_attention(model, tokens):
+    refused(model, tokens, ValueError, "needs attention=", head="dense", layers=[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(model, value):
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = value
+    with pytest.raises(ValueError, match=r"lm_head\.weight holds 1 NaN or infinite values"):
+        sh.patch(model, head=sh.heads.VQ(codes=24))
+    assert isinstance(model.lm_head, torch.nn.Linear)
+
+
+def test_statistics_of_another_model(model, tokens):
+    other = make_model("llama", hidden_size=16, head_dim=4)
+    stats = sh.collect(other, tokens, window=12)
+    message = r"hidden size 16 and 96 tokens, the head has hidden size 32"
+    refused(model, tokens, ValueError, message, head=sh.heads.VQ.repaired(24), stats=stats)
+
+
+def test_repairs_without_statistics(model, tokens):
+    refused(model, tokens, ValueError, "needs statistics", head=sh.heads.VQ.repaired(24))
+
+
+def test_patching_twice(model, tokens):
+    sh.patch(model, head=sh.heads.VQ(codes=24))
+    refused(model, tokens, ValueError, "head is already patched", head=sh.heads.VQ(codes=12))
+    sh.patch(model, attention="softmax")  # another part is another matter
+    refused(model, tokens, ValueError, "attention is already patched", attention="ssmax")
+    sh.unpatch(model)
+    with pytest.raises(ValueError, match="not patched"):
+        sh.unpatch(model)
+
+
+def test_a_loaded_model_cannot_be_unpatched(model, tmp_path):
+    sh.patch(model, head=sh.heads.VQ(codes=24)).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="load the original"):
+        sh.unpatch(loaded)
+    with pytest.raises(ValueError, match="does not hold its dense head"):
+        sh.dense_head(loaded)
+
+
+def test_weights_that_are_not_there():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
+    with pytest.raises(ValueError, match="not in memory"):
+        sh.patch(model, head=sh.heads.Dense())
+    with pytest.raises(ValueError, match="not in memory"):
+        sh.patch(model, attention="softmax")
+
+
+def test_something_that_is_no_model():
+    with pytest.raises(TypeError, match="expected a transformers model, got Linear"):
+        sh.patch(torch.nn.Linear(2, 2), head="dense")
+
+
+def test_learned_sinks_would_be_lost():
+    config = AutoConfig.for_model(
+        "gpt_oss", **SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=8
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    kind = type(model)
+    with pytest.raises(NotImplementedError, match="s_aux"):
+        sh.patch(model, attention="softmax")
+    assert type(model) is kind
+    assert not any("softheads" in name for name, _ in model.named_modules())
+
+
+def test_another_implementation_would_drop_the_variant(model, tokens):
+    sh.patch(model, attention=sh.attention.Sigmoid())
+    before = model(tokens).logits
+    with pytest.raises(ValueError, match="unpatch"):
+        model.set_attn_implementation("eager")
+    assert torch.equal(model(tokens).logits, before)
+
+
+def test_training_and_inference_modes_survive(model):
+    model.train()
+    model.model.layers[0].eval()
+    sh.patch(model, head="dense", attention="softmax")
+    assert model.training
+    assert not model.model.layers[0].training
+    assert model.lm_head.training
+
+
+def test_frozen_heads_stay_frozen(model):
+    model.requires_grad_(False)
+    sh.patch(model, head=sh.heads.VQ(codes=24))
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_different_variants_in_different_layers(model, tokens):
+    sh.patch(model, attention={0: "ssmax", -1: sh.attention.Sigmoid()})
+    kinds = [layer.self_attn.softheads.spec.name for layer in model.model.layers]
+    assert kinds == ["ssmax", "sigmoid"]
+    text = str(sh.describe(model))
+    assert "model.layers.0.self_attn" in text
+    assert "sigmoid" in text
+
+
+def test_describe_prints_the_floor(model, tokens):
+    assert "not patched (2 attention layers could be)" in str(sh.describe(model))
+    stats = sh.collect(model, tokens.repeat(4, 1), window=12)
+    sh.patch(model, head=sh.heads.VQ(codes=24), stats=stats)
+    text = str(sh.describe(model))
+    assert "vq(codes=24)" in text
+    assert "25.00% of dense" in text
+    assert "floor" in text
+
+
+def test_an_encoder_s_attention(tokens):
+    model = AutoModel.from_config(AutoConfig.for_model("bert", **SIZES)).eval()
+    mask = torch.ones_like(tokens)
+    mask[0, -3:] = 0
+    before = model(tokens, attention_mask=mask).last_hidden_state
+    sh.patch(model, attention="softmax")
+    after = model(tokens, attention_mask=mask).last_hidden_state
+    visible = mask.bool()
+    torch.testing.assert_close(after[visible], before[visible], atol=1e-5, rtol=1e-5)
+
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
