@@ -46,6 +46,7 @@ _HARMLESS = {
     "return_dict",
     "shared_kv_states",
     "bidirectional_mask",
+    "deterministic",
 }
 
 
