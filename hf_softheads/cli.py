@@ -17,6 +17,9 @@ from hf_softheads.tables import Table
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run; 0 when it worked, 2 with one line of reason when it could not be done."""
     arguments = _parser().parse_args(argv)
+    from hf_softheads.results import quiet_unless_terminal
+
+    quiet_unless_terminal()
     try:
         arguments.run(arguments)
     except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
@@ -123,7 +126,7 @@ def _patch(arguments: argparse.Namespace) -> None:
         plan[kind][field] = value
     layers = None
     if arguments.layers is not None:
-        layers = [int(layer) for layer in arguments.layers.split(",")]
+        layers = arguments.layers.split(",")
     config = sh.SoftheadsConfig(**plan, layers=layers)  # before anything is loaded
     model, tokenizer = _load(arguments.model, arguments.dtype)
     stats = None

@@ -26,15 +26,17 @@ from hf_softheads.heads.vq import VQ, VQHead
 from hf_softheads.patching import dense_head, describe, patch
 from hf_softheads.plots import plot_stages
 from hf_softheads.repair import repair_head
-from hf_softheads.results import provenance, write_json
+from hf_softheads.results import provenance, quiet_unless_terminal, write_json
 from hf_softheads.stats import collect
 
 PROMPT = "def __init__(self,"
 _RELOAD = """
 import sys, torch
+from hf_softheads.results import quiet_unless_terminal
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_softheads
+quiet_unless_terminal()
 folder, prompt, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -57,6 +59,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
         RuntimeError: the reloaded model does not give the same logits bit for bit.
     """
     began = time.perf_counter()
+    quiet_unless_terminal()
     torch.manual_seed(seed)
     model, tokenizer = load_embedded()
     window = model.config.max_position_embeddings
@@ -88,7 +91,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     repair_head(model, dense_head(model), train.input_ids, steps=steps, seed=seed)
     measure("… repaired + distilled", model)
 
-    exported = output / "model"
+    exported = output / f"tiny-vq{codes}"
     shutil.rmtree(exported, ignore_errors=True)
     sizes = _sizes(model, dense)
     results = {

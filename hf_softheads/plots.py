@@ -33,7 +33,7 @@ def plot_stages(stages: Sequence[Mapping[str, Any]], path: str | Path, title: st
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc="lower right", frameon=False)
+        figure.legend(loc="outside lower right", frameon=False)
     return _save(figure, path)
 
 

@@ -6,12 +6,14 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 _PACKAGES = (
     "torch",
@@ -48,6 +50,12 @@ def write_json(path: str | Path, data: Any) -> Path:
     fresh.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     fresh.replace(path)
     return path
+
+
+def quiet_unless_terminal() -> None:
+    """No progress bars of transformers in logs and pipes."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def _version(package: str) -> str | None:

@@ -25,7 +25,8 @@ class Table:
     def __str__(self) -> str:
         table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
         for number, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+            numbers = all(row[number][:1] in "0123456789-–<>≥≤" for row in self.rows)
+            table.add_column(column, justify="right" if numbers else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         text = io.StringIO()

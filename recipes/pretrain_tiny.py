@@ -271,6 +271,11 @@ def main() -> None:
         }
         final.save_pretrained(output / "model")
         tokenizer.save_pretrained(output / "model")
+        vocabulary = output / "model" / "tokenizer.json"
+        compact = json.dumps(
+            json.loads(vocabulary.read_text()), ensure_ascii=False, separators=(",", ":")
+        )
+        vocabulary.write_text(compact)
         (output / "model" / "pretraining.json").write_text(json.dumps(result, indent=1))
         print(json.dumps({k: v for k, v in result.items() if k != "curve"}, indent=1))
     accelerator.end_training()
