@@ -190,7 +190,10 @@ class VQHead(Head):
     def scores(self, hidden: Tensor) -> Tensor:
         codes = F.linear(hidden, self.weight).float()
         flat = codes.view(-1, codes.shape[-1])  # index_select is fastest on rows, in fp32, by int32
-        full = flat.index_select(1, self._groups().code_of)
+        index = self._groups().code_of
+        if flat.requires_grad:
+            index = index.long()  # the backward's index_add_ is 15 times slower by int32
+        full = flat.index_select(1, index)
         if self.bias is not None:
             full = full + self.bias
         return full.view(*codes.shape[:-1], self.out_features)
