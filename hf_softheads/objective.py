@@ -62,8 +62,8 @@ class Objective:
         losses: loss specs (or their names) with their weights.
         teacher: for distillation losses: the dense matrix `(V, D)` or a head module, which see the same hidden states
             as the model's head; or another model of the same vocabulary, which runs on the same batch.
-        chunk: how many logits may be alive at once. By default 2^20 (4 MiB) where blocks of the vocabulary suffice,
-            2^23 (32 MiB) where all logits of a token are needed, and 2^25 on a GPU.
+        chunk: how many logits may be alive at once; by default 2^20 (4 MiB in fp32), 2^25 on a GPU, and never less
+            than 64 tokens or 256 columns.
 
     Attributes:
         parts: the sum of every loss over the last call's labels, unweighted, by name.
@@ -292,8 +292,10 @@ class Objective:
         return self.transform(widened(forward(hidden)))
 
     def _rows(self, hidden: Tensor) -> int:
-        elements = self.chunk or (2**23 if hidden.device.type == "cpu" else 2**25)
-        return max(1, elements // self.vocab)
+        if self.chunk is None:  # in cache on a CPU, but not too few rows for a matrix product
+            elements = 2**20 if hidden.device.type == "cpu" else 2**25
+            return max(64, elements // self.vocab)
+        return max(1, self.chunk // self.vocab)
 
     def _dense(self, head: nn.Module) -> Scorer | None:
         """A plain matrix as tensors; None for structured, adapted or quantized heads."""

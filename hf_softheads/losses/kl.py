@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_softheads.losses.base import LossSpec, check_positive, kl_divergence, with_teacher
@@ -25,6 +26,29 @@ class KL(LossSpec, name="kl"):
         check_positive("kl", temperature=self.temperature)
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
-        t = (with_teacher(self, teacher) / self.temperature).log_softmax(-1)
-        s = (logits / self.temperature).log_softmax(-1)
-        return kl_divergence(t, s) * self.temperature**2
+        teacher = with_teacher(self, teacher)
+        if self.temperature != 1:
+            teacher, logits = teacher / self.temperature, logits / self.temperature
+        value: Tensor = _ForwardKL.apply(logits, teacher)
+        return value * self.temperature**2
+
+
+class _ForwardKL(torch.autograd.Function):
+    """The divergence and its gradient `s − t` in one walk over the rows: a third of autograd's memory traffic."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        values, gradient = [], torch.empty_like(student)
+        rows = max(1, 2**20 // student.shape[-1])
+        parts = zip(*(x.split(rows) for x in (student, teacher, gradient)), strict=True)
+        for student_rows, teacher_rows, into in parts:
+            s, t = student_rows.log_softmax(-1), teacher_rows.log_softmax(-1)
+            values.append(kl_divergence(t, s))
+            torch.sub(s.exp_(), t.exp_(), out=into)
+        ctx.save_for_backward(gradient)
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.unsqueeze(-1), None
