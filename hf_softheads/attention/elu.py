@@ -30,7 +30,7 @@ class ELU(AttentionSpec, name="elu"):
     sums_to_one: ClassVar[bool] = False
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
-        raised = (scores if self.features else _raised(scores)).masked_fill(~keep, 0)
+        raised = (scores if self.features else _raised(scores)) * keep
         return raised / (raised.sum(-1, keepdim=True) + self.eps) if self.normalised else raised
 
     def forward(self, inputs: Inputs, params: Params) -> Tensor:

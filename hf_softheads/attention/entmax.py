@@ -48,3 +48,11 @@ class Entmax(AttentionSpec, name="entmax"):
         if self.learn:
             alpha = 1 + per_head(params["a"].to(scores.dtype)).sigmoid()
         return threshold.entmax(scores, keep, alpha)
+
+    def weights_vjp(
+        self, scores: Tensor, keep: Tensor, params: Params, grad: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if self.learn:
+            return super().weights_vjp(scores, keep, params, grad)
+        weights = threshold.entmax(scores, keep, self.alpha)
+        return weights, threshold.entmax_grad(weights, grad, self.alpha), {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.attention import fused
-from hf_softheads.attention.base import AttentionSpec, Geometry, Inputs, Params, per_head
+from hf_softheads.attention.base import AttentionSpec, Geometry, Inputs, Params, lowered, per_head
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LearnedSink(AttentionSpec, name="learned_sink"):
 def sink_softmax(scores: Tensor, keep: Tensor, sink: Tensor) -> Tensor:
     """Softmax over the kept keys and one more of score `sink`, whose column is dropped."""
     sink = sink.to(scores.dtype)
-    hidden = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
-    top = torch.maximum(hidden.detach().amax(-1, keepdim=True), sink.detach())
-    raised = (hidden - top).exp().masked_fill(~keep, 0)
+    scores = lowered(scores, keep)
+    top = torch.maximum(scores.detach().amax(-1, keepdim=True), sink.detach())
+    raised = (scores - top).exp() * keep
     return raised / (raised.sum(-1, keepdim=True) + (sink - top).exp())

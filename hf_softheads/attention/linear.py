@@ -25,7 +25,7 @@ class Linear(AttentionSpec, name="linear"):
     sinks: ClassVar[bool] = False
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
-        scores = scores.masked_fill(~keep, 0)
+        scores = scores * keep
         if not self.normalised:
             return scores
         return scores / scores.sum(-1, keepdim=True).abs().clamp(min=1)

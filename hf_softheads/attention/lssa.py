@@ -25,7 +25,7 @@ class LSSA(AttentionSpec, name="lssa"):
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         n = keep.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
-        raised = F.softplus(scores * n.log()).masked_fill(~keep, 0)
+        raised = F.softplus(scores * n.log()) * keep
         return raised / (raised.sum(-1, keepdim=True) + self.eps)
 
     def forward(self, inputs: Inputs, params: Params) -> Tensor:

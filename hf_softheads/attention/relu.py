@@ -36,22 +36,20 @@ class ReLU(AttentionSpec, name="relu"):
             raise ValueError(f"length must be at least 1, got {self.length}")
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
-        rectified = scores.relu().masked_fill(~keep, 0)
-        return self._divided(rectified.square() if self.power == 2 else rectified, keep)
+        rectified = scores.relu()
+        return (rectified.square() if self.power == 2 else rectified) * self._factor(scores, keep)
 
     def weights_vjp(
         self, scores: Tensor, keep: Tensor, params: Params, grad: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        rectified = scores.relu().masked_fill_(~keep, 0)
+        rectified, factor = scores.relu(), self._factor(scores, keep)
         if self.power == 2:
-            slope = self._divided(rectified * 2, keep)
-            return self._divided(rectified.square_(), keep), slope.mul_(grad), {}
-        slope = self._divided((rectified > 0).to(grad.dtype), keep)
-        return self._divided(rectified, keep), slope.mul_(grad), {}
+            return rectified.square() * factor, rectified.mul_(2 * factor).mul_(grad), {}
+        return rectified * factor, (grad * factor).mul_(rectified > 0), {}
 
-    def _divided(self, weights: Tensor, keep: Tensor) -> Tensor:
+    def _factor(self, scores: Tensor, keep: Tensor) -> Tensor:
+        """1 over the divisor, 0 where `~keep`."""
+        kept = keep.to(scores.dtype)
         if self.divide == "none":
-            return weights
-        if self.divide == "length":
-            return weights / self.length
-        return weights / keep.sum(-1, keepdim=True).clamp(min=1).to(weights.dtype)
+            return kept
+        return kept / (self.length if self.divide == "length" else kept.sum(-1, True).clamp(min=1))

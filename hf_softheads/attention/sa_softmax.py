@@ -29,9 +29,7 @@ class SASoftmax(AttentionSpec, name="sa_softmax"):
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         probabilities = softmax(scores, keep)
-        inside = scores.masked_fill(
-            ~keep, 0
-        )  # a zero changes neither min(z_min, 0) nor max(z_max, 0)
+        inside = scores * keep  # a zero changes neither min(z_min, 0) nor max(z_max, 0)
         if not self.normalised:
             return probabilities * inside
         zero = torch.zeros((), dtype=scores.dtype, device=scores.device)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_softheads.attention.base import AttentionSpec, Inputs, Params
+from hf_softheads.attention.base import AttentionSpec, Inputs, Params, lowered
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Sigmoid(AttentionSpec, name="sigmoid"):
     sinks: ClassVar[bool] = False
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
-        return self._divided(self._logits(scores, keep).sigmoid().masked_fill(~keep, 0), keep)
+        return self._divided(self._logits(scores, keep).sigmoid_(), keep)
 
     def weights_vjp(
         self, scores: Tensor, keep: Tensor, params: Params, grad: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         if self.divide == "sum" or self.row_bias == "lse":
             return super().weights_vjp(scores, keep, params, grad)
-        weights = self._logits(scores, keep).sigmoid_().masked_fill_(~keep, 0)
+        weights = self._logits(scores, keep).sigmoid_()
         grad = self._divided(torch.ops.aten.sigmoid_backward(grad, weights), keep)
         return self._divided(weights, keep), grad, {}
 
@@ -52,14 +52,14 @@ class Sigmoid(AttentionSpec, name="sigmoid"):
         return super().forward(inputs, params)
 
     def _logits(self, scores: Tensor, keep: Tensor) -> Tensor:
+        """`z + b`, and `-inf`, of which the sigmoid is exactly 0, where `~keep`."""
+        bias = torch.full_like(keep, self.bias, dtype=scores.dtype).masked_fill_(~keep, -torch.inf)
         if self.row_bias == "log_n":
-            n = keep.sum(-1, keepdim=True).clamp(min=1)
-            return scores - (n.to(scores.dtype).log() - self.bias)
+            bias -= keep.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype).log()
+        logits = scores + bias
         if self.row_bias == "lse":
-            lowest = torch.finfo(scores.dtype).min
-            lse = scores.masked_fill(~keep, lowest).logsumexp(-1, keepdim=True)
-            return scores - (lse - self.bias)
-        return scores + self.bias
+            logits = logits - lowered(scores, keep).logsumexp(-1, keepdim=True)
+        return logits
 
     def _divided(self, weights: Tensor, keep: Tensor) -> Tensor:
         if self.divide == "none":

@@ -41,13 +41,16 @@ class Softpick(AttentionSpec, name="softpick"):
         total = raised.abs().sum(-1, keepdim=True) + eps
         weights = raised.relu().div_(total)
         inner = torch.linalg.vecdot(weights, grad).unsqueeze(-1)
-        signed = torch.where(raised > 0, grad - inner, inner)
-        return weights, signed.mul_(raised.add_(floor)).div_(total).masked_fill_(~keep, 0), {}
+        signed = (grad - 2 * inner).mul_(raised > 0).add_(inner)
+        return weights, raised.add_(floor).mul_(signed).mul_(keep.to(total.dtype) / total), {}
 
     def _raised(self, scores: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(exp(z) - 1) · exp(-c)`, 0 where `~keep`; ε in the same unit; and `exp(-c)`. `c > 0` where exp overflows."""
-        scores = scores.masked_fill(~keep, 0)
+        scores = scores * keep
         top = scores.detach().amax(-1, keepdim=True).clamp(min=0)
         shift = (top - _LARGEST).relu()
-        raised = (scores - shift).expm1() - (-shift).expm1()
+        if torch.compiler.is_compiling() or bool(shift.any()):
+            raised = (scores - shift).expm1() - (-shift).expm1()
+        else:
+            raised = scores.expm1_()
         return raised, self.eps * (top - shift).exp(), (-shift).exp()

@@ -18,7 +18,7 @@ class StableMax(AttentionSpec, name="stablemax"):
     """
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
-        raised = s(scores).masked_fill(~keep, 0)
+        raised = s(scores) * keep
         total = raised.sum(-1, keepdim=True)
         return raised / total.masked_fill(total == 0, 1)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_softheads.attention.base import lowered
+
 _STEPS = 30  # Newton needs 4-12; a row map that is not convex (α > 2) is bisected
 
 
@@ -19,10 +21,10 @@ def entmax(scores: Tensor, keep: Tensor, alpha: float | Tensor) -> Tensor:
         keep: bool, broadcastable to scores.
         alpha: α > 1, a number or a tensor that broadcasts to `(…, 1)`.
     """
-    x = ((alpha - 1) * scores).masked_fill(~keep, -torch.inf)
+    x = lowered((alpha - 1) * scores, keep)
     top = x.detach().amax(-1, keepdim=True)
-    empty = top == -torch.inf
-    x = (x - top.masked_fill(empty, 0)).masked_fill(~keep, -2.0)  # τ lies in [-1, 0)
+    alive = top > torch.finfo(x.dtype).min / 2
+    x = x - top  # τ lies in [-1, 0)
     power = 1 / (alpha - 1)
     with torch.no_grad():
         tau = _bisect(x, power) if _above_two(alpha) else _newton(x, power)
@@ -30,16 +32,15 @@ def entmax(scores: Tensor, keep: Tensor, alpha: float | Tensor) -> Tensor:
         above = (x - tau).relu()
         inside = above > 0
         safe = above.masked_fill(~inside, 1)  # 0 ** negative is inf, and its gradient NaN
-        slope = (power * safe.detach() ** (power - 1)).masked_fill(~inside, 0)
-        excess = (safe**power).masked_fill(~inside, 0).sum(-1, keepdim=True) - 1
-        slope = slope.sum(-1, keepdim=True)
+        slope = (power * safe.detach() ** (power - 1) * inside).sum(-1, keepdim=True)
+        excess = (safe**power * inside).sum(-1, keepdim=True) - 1
         tau = tau + (excess / slope.detach().masked_fill(slope == 0, 1))
         above = (x - tau).relu()
         inside = above > 0
         safe = above.masked_fill(~inside, 1)
-        return (safe**power).masked_fill(~inside | empty, 0)
+        return (safe**power) * (inside & alive)
     above = (x - tau).relu_()
-    return _power(above, power).masked_fill_(empty, 0)
+    return _power(above, power).mul_(alive)
 
 
 def entmax_grad(weights: Tensor, grad: Tensor, alpha: float) -> Tensor:
@@ -48,6 +49,8 @@ def entmax_grad(weights: Tensor, grad: Tensor, alpha: float) -> Tensor:
         s = (weights > 0).to(weights.dtype)
     else:
         s = weights.sqrt() if alpha == 1.5 else weights ** (2 - alpha)
+        if alpha > 2:
+            s = s.masked_fill(weights == 0, 0)
     total = s.sum(-1, keepdim=True)
     mean = (s * grad).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1)
     return (grad - mean).mul_(s)
@@ -70,7 +73,7 @@ def _newton(x: Tensor, power: float | Tensor) -> Tensor:
 def _sums(above: Tensor, power: float | Tensor) -> tuple[Tensor, Tensor]:
     """`Σ above^power` and minus its derivative in τ."""
     if isinstance(power, float) and power == 1.0:
-        return above.sum(-1, keepdim=True), torch.linalg.vector_norm(above, 0, -1, keepdim=True)
+        return above.sum(-1, keepdim=True), above.sign().sum(-1, keepdim=True)
     if isinstance(power, float) and power == 2.0:
         squares = torch.linalg.vecdot(above, above).unsqueeze(-1)
         return squares, 2 * above.sum(-1, keepdim=True)

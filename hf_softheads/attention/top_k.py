@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_softheads.attention.base import AttentionSpec, Params, softmax
+from hf_softheads.attention.base import AttentionSpec, Params, lowered, softmax
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class TopK(AttentionSpec, name="top_k"):
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         if self.k >= scores.shape[-1]:
             return softmax(scores, keep)
-        lowest = torch.finfo(scores.dtype).min
-        values, indices = scores.masked_fill(~keep, lowest).topk(self.k, -1)
+        values, indices = lowered(scores, keep).topk(self.k, -1)
         kept = keep.expand_as(scores).gather(-1, indices)
-        return torch.zeros_like(scores).scatter(-1, indices, softmax(values, kept))
+        return torch.zeros_like(scores).scatter(-1, indices, values.softmax(-1) * kept)

@@ -130,8 +130,9 @@ def test_closed_gradients_equal_autograd(spec: AttentionSpec) -> None:
     scores = 2 * torch.randn(2, 3, 7, 9, dtype=torch.float64)
     keep = (torch.rand(2, 1, 7, 9) < 0.7).index_fill(2, torch.tensor([3]), False)
     grad = torch.randn_like(scores)
-    want = blocked.weights_vjp(spec.weights, scores, keep, {}, grad)
-    got = spec.weights_vjp(scores, keep, {}, grad)
+    params = {n: p.double() for n, p in sample(spec, heads=3, kv_heads=3).params.items()}
+    want = blocked.weights_vjp(spec.weights, scores, keep, params, grad)
+    got = spec.weights_vjp(scores, keep, params, grad)
     close("weights", got[0], want[0], 1e-12)
     close("scores", got[1], want[1], 1e-10)
 
