@@ -5,12 +5,13 @@ sh.patch(model, head=sh.heads.VQ(codes=4096), attention=sh.attention.SSMax())
 model.save_pretrained("out")  # loads with AutoModelForCausalLM.from_pretrained after `import hf_softheads`
 """
 
-from hf_softheads import attention, bridge, data, heads, losses
+from hf_softheads import attention, bridge, data, embedded, heads, losses
 from hf_softheads.checkpoint import SoftheadsQuantizer as _SoftheadsQuantizer  # noqa: F401 - registers itself
 from hf_softheads.config import SoftheadsConfig
 from hf_softheads.evaluation import Evaluation, evaluate
 from hf_softheads.objective import Objective, trainer_loss
 from hf_softheads.patching import dense_head, describe, patch, unpatch
+from hf_softheads.repair import Repair, repair_head
 from hf_softheads.results import provenance
 from hf_softheads.stats import HeadStats, collect
 
@@ -20,15 +21,21 @@ __all__ = [
     "Evaluation",
     "HeadStats",
     "Objective",
+    "Repair",
     "SoftheadsConfig",
     "attention",
+    "bridge",
     "collect",
+    "data",
     "dense_head",
     "describe",
+    "embedded",
     "evaluate",
     "heads",
     "losses",
     "patch",
+    "provenance",
+    "repair_head",
     "trainer_loss",
     "unpatch",
 ]

@@ -21,9 +21,7 @@ from hf_softheads.attention.base import AttentionVariant, Geometry, Inputs, run
 from hf_softheads.attention.softmax import Softmax
 from hf_softheads.heads.base import Head, LogitTransform
 
-IMPLEMENTATION = (
-    "hf_softheads"  # the attention implementation's name, also the marker in config.json
-)
+IMPLEMENTATION = "hf_softheads"  # the attention implementation, also the marker in config.json
 SOFTMAX = Softmax()
 CHILD = "softheads"  # the attention layers' child module that holds a variant and its parameters
 

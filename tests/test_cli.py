@@ -110,7 +110,7 @@ def test_card(exported, tmp_path, capsys):
             "9999 codes for 8192 tokens",
         ),
         ("patch embedded --attention ssmax --layers 7 --output out", "the model has layers 0 to 3"),
-        ("patch embedded --attention ssmax --layers a --output out", "layers"),
+        ("patch embedded --attention ssmax --layers a --output out", "a layer is an integer"),
         ("patch embedded --output out", "nothing to do"),
         ("patch no/such/folder --head dense --output out", "cannot load 'no/such/folder'"),
         ("eval embedded --data nothing.txt", "no such text file: nothing.txt"),
