@@ -1,0 +1,119 @@
+"""Head repair: it learns what it can represent, touches nothing but the head, and fails without damage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_softheads as sh
+from hf_softheads.heads import VQ, Dense
+from hf_softheads.orthograd import OrthoGrad, orthogonal
+from hf_softheads.repair import repair_head
+
+V, D = 61, 16
+
+
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    made = LlamaForCausalLM(config)
+    torch.nn.init.normal_(made.lm_head.weight, std=1.0)
+    return made
+
+
+def rows() -> torch.Tensor:
+    return torch.randint(0, V, (40, 17), generator=torch.Generator().manual_seed(1))
+
+
+def test_a_head_that_can_be_the_teacher_becomes_it() -> None:
+    patched = sh.patch(model(), head=Dense())
+    teacher = sh.dense_head(patched)
+    with torch.no_grad():
+        patched.lm_head.weight.add_(0.3 * torch.randn(V, D))
+    found = repair_head(patched, teacher, rows(), steps=150, batch_size=128, lr=2e-2)
+    assert found.tokens == 640
+    assert found.last < 0.05 * found.first
+
+
+def test_only_the_head_changes_and_a_seed_decides_how() -> None:
+    results = []
+    for _ in range(2):
+        patched = sh.patch(model(), head=VQ(codes=20)).train()
+        before = {k: v.clone() for k, v in patched.state_dict().items()}
+        repair_head(patched, sh.dense_head(patched), rows(), steps=5, batch_size=32, seed=3)
+        after = patched.state_dict()
+        changed = {k for k in before if not torch.equal(before[k], after[k])}
+        assert changed == {"lm_head.weight"}
+        assert patched.training
+        assert all(p.requires_grad and p.grad is None for p in patched.parameters())
+        results.append(after["lm_head.weight"])
+    assert torch.equal(*results)
+
+
+def test_a_matrix_and_several_losses() -> None:
+    patched = sh.patch(model(), head=VQ(codes=20))
+    matrix = sh.dense_head(patched).weight.detach()
+    found = repair_head(
+        patched, matrix, rows(), steps=40, batch_size=64, losses={"kl": 1.0, "cross_entropy": 0.1}
+    )
+    assert found.last < found.first
+
+
+def test_divergence_leaves_the_head_as_it_was() -> None:
+    patched = sh.patch(model(), head=VQ(codes=20))
+    before = {k: v.clone() for k, v in patched.state_dict().items()}
+    with pytest.raises(ValueError, match="the head was put back"):
+        repair_head(patched, sh.dense_head(patched), rows(), steps=30, batch_size=32, lr=1e38)
+    torch.testing.assert_close(dict(patched.state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rows": torch.zeros(3, 1, dtype=torch.long)}, "token windows"),
+        ({"steps": 0}, "at least one step"),
+        ({"teacher": torch.zeros(V + 1, D)}, "62 tokens, the model 61"),
+    ],
+)
+def test_wrong_input_is_refused(arguments: Any, message: str) -> None:
+    patched = sh.patch(model(), head=VQ(codes=20))
+    given = {"teacher": sh.dense_head(patched), "rows": rows(), **arguments}
+    with pytest.raises(ValueError, match=message):
+        repair_head(patched, given.pop("teacher"), given.pop("rows"), **given)
+
+
+def test_orthograd_keeps_length_and_drops_the_radial_part() -> None:
+    g = torch.Generator().manual_seed(0)
+    w, x = (torch.randn(5, 7, generator=g, dtype=torch.float64) for _ in range(2))
+    found = orthogonal(w, x)
+    assert (found * w).sum().abs() < 1e-12
+    torch.testing.assert_close(found.norm(), x.norm())
+    across = x - (w * x).sum() / (w * w).sum() * w
+    torch.testing.assert_close(found / found.norm(), across / across.norm())
+
+
+def test_orthograd_wraps_any_optimizer() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+    optimizer = OrthoGrad(torch.optim.SGD([weight], lr=0.1, momentum=0.9))
+    before = weight.detach().clone()
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(weight, before)
+    again = OrthoGrad(torch.optim.SGD([weight], lr=0.1, momentum=0.9))
+    again.load_state_dict(optimizer.state_dict())
+    assert torch.equal(
+        again.state[weight]["momentum_buffer"], optimizer.state[weight]["momentum_buffer"]
+    )
