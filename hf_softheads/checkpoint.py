@@ -59,13 +59,11 @@ class SoftheadsQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SoftheadsConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized: bool
-        self.patched: bool = (
-            self.pre_quantized
-        )  # the folder is patched already; else patch after loading
+        self.patched: bool = self.pre_quantized  # the folder is; else patch after loading
         self.inner: HfQuantizer | None = None
         if quantization_config.inner is not None:
             inner = dict(quantization_config.inner)
-            written = inner.pop("pre_quantized", True)
+            written = inner.pop("pre_quantized", self.patched)  # else quantized while loading
             self.inner = AutoHfQuantizer.from_config(inner, pre_quantized=written)
             self.pre_quantized = written
 
@@ -86,13 +84,16 @@ class SoftheadsQuantizer(HfQuantizer):
         return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        check_files(kwargs.get("checkpoint_files") or [])
+        if self.patched:
+            self._build_structure(model)
+        if self.inner is not None:  # after ours: it skips a head that is no nn.Linear
+            self.inner._process_model_before_weight_loading(model, **kwargs)
+
+    def _build_structure(self, model: PreTrainedModel) -> None:
+        """Put the plan's modules, still empty, where the checkpoint expects them."""
         from hf_softheads import patching
 
-        check_files(kwargs.get("checkpoint_files") or [])
-        if self.inner is not None:
-            self.inner._process_model_before_weight_loading(model, **kwargs)
-        if not self.patched:
-            return
         plan: SoftheadsConfig = self.quantization_config
         in_fp32: set[str] = set()
         if plan.head is not None and model.get_output_embeddings() is not None:
@@ -118,6 +119,9 @@ class SoftheadsQuantizer(HfQuantizer):
         plan: SoftheadsConfig = self.quantization_config
         if self.inner is not None:
             self.inner._process_model_after_weight_loading(model, **kwargs)
+            model.hf_quantizer = self.inner
+            model.quantization_method = self.inner.quantization_config.quant_method
+            plan.inner = {k: v for k, v in dict(plan.inner or {}).items() if k != "pre_quantized"}
         else:
             _remove_quantized_marks(model)
         if self.patched:
@@ -130,6 +134,7 @@ class SoftheadsQuantizer(HfQuantizer):
             stats = plan.stats
             del model.config.quantization_config
             patching.patch(model, plan.head, plan.attention, plan.layers, stats=stats)
+            model.config.quantization_config.inner = plan.inner
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return self.inner is None or bool(self.inner.is_serializable(*args, **kwargs))
@@ -171,9 +176,7 @@ for _name in (
 def _keep_in_fp32(model: Any, names: set[str]) -> None:
     """Exempt parameters from the dtype that the user loads with."""
     model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | names
-    if isinstance(
-        getattr(model, "dtype_plan", None), dict
-    ):  # transformers 5.0 has made its plan already
+    if isinstance(getattr(model, "dtype_plan", None), dict):  # transformers 5.0 made it already
         model.dtype_plan.update(dict.fromkeys(names, torch.float32))
 
 

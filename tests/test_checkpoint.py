@@ -12,6 +12,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import hf_softheads as sh
 from hf_softheads.checkpoint import export
@@ -251,3 +254,52 @@ def test_export_interrupted_in_the_middle_leaves_nothing(patched, tmp_path, monk
     with pytest.raises(OSError, match="No space left"):
         export(patched, tmp_path / "out", results={"stages": []})
     assert list(tmp_path.iterdir()) == []
+
+
+# -- a real quantizer of the backbone ----------------------------------------------------------------------------------
+
+
+@register_quantization_config("halving")
+class HalvingConfig(QuantizationConfigMixin):
+    def __init__(self, **_: object):
+        self.quant_method = "halving"
+
+
+@register_quantizer("halving")
+class HalvingQuantizer(HfQuantizer):
+    """A toy: every `nn.Linear` that it finds computes half of what it did."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model, **_):
+        self.found = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        for name in self.found:
+            model.get_submodule(name).register_forward_hook(lambda _, __, out: out / 2)
+
+    def is_serializable(self, *_, **__):
+        return True
+
+    @property
+    def is_trainable(self):
+        return False
+
+
+def test_a_quantizer_of_the_backbone_is_carried_inside(tokens, tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    plan = sh.SoftheadsConfig(head=sh.heads.VQ(codes=24), inner={"quant_method": "halving"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=plan)
+    assert isinstance(model.hf_quantizer, HalvingQuantizer)
+    assert not model.hf_quantizer.pre_quantized
+    model.save_pretrained(tmp_path / "patched")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "patched")
+    assert again.hf_quantizer.pre_quantized
+    assert "lm_head" not in again.hf_quantizer.found
+    assert len(again.hf_quantizer.found) == 14
+    hidden = [m.model.layers[0].mlp(torch.ones(1, 1, 32)) for m in (again, make_model("llama"))]
+    torch.testing.assert_close(hidden[0], _halved_mlp(make_model("llama").model.layers[0].mlp))
+    assert not torch.equal(hidden[0], hidden[1])
+
+
+def _halved_mlp(mlp):
+    x = torch.ones(1, 1, 32)
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x) / 2) * (mlp.up_proj(x) / 2)) / 2
