@@ -8,9 +8,11 @@ model.save_pretrained("out")  # loads with AutoModelForCausalLM.from_pretrained 
 from hf_softheads import attention, bridge, data, embedded, heads, losses
 from hf_softheads.checkpoint import SoftheadsQuantizer as _SoftheadsQuantizer  # noqa: F401 - registers itself
 from hf_softheads.config import SoftheadsConfig
+from hf_softheads.description import describe
+from hf_softheads.diagnostics import Diagnostics, diagnose
 from hf_softheads.evaluation import Evaluation, evaluate
 from hf_softheads.objective import Objective, trainer_loss
-from hf_softheads.patching import dense_head, describe, patch, unpatch
+from hf_softheads.patching import dense_head, patch, unpatch
 from hf_softheads.repair import Repair, repair_head
 from hf_softheads.results import provenance
 from hf_softheads.stats import HeadStats, collect
@@ -18,6 +20,7 @@ from hf_softheads.stats import HeadStats, collect
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnostics",
     "Evaluation",
     "HeadStats",
     "Objective",
@@ -29,6 +32,7 @@ __all__ = [
     "data",
     "dense_head",
     "describe",
+    "diagnose",
     "embedded",
     "evaluate",
     "heads",

@@ -19,11 +19,12 @@ from hf_softheads.cards import stage_table
 from hf_softheads.checkpoint import export
 from hf_softheads.corpus import stdlib_documents
 from hf_softheads.data import windows
+from hf_softheads.description import describe
 from hf_softheads.embedded import load_embedded
 from hf_softheads.evaluation import evaluate
 from hf_softheads.heads.base import Head
 from hf_softheads.heads.vq import VQ, VQHead
-from hf_softheads.patching import dense_head, describe, patch
+from hf_softheads.patching import dense_head, patch
 from hf_softheads.plots import plot_stages
 from hf_softheads.repair import repair_head
 from hf_softheads.results import provenance, quiet_unless_terminal, write_json
@@ -94,7 +95,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     exported = output / f"tiny-vq{codes}"
     shutil.rmtree(exported, ignore_errors=True)
     sizes = _sizes(model, dense)
-    results = {
+    results: dict[str, Any] = {
         "base_model": "the embedded model of hf_softheads",
         "data": "held-out modules of the Python standard library",
         "stages": stages,

@@ -1,8 +1,7 @@
-"""The only file that changes a model: `patch`, `unpatch`, `describe`."""
+"""The only file that changes a model: `patch` and `unpatch`."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +14,6 @@ from hf_softheads import bridge, checkpoint
 from hf_softheads.attention.base import AttentionSpec, AttentionVariant
 from hf_softheads.config import SoftheadsConfig
 from hf_softheads.heads.base import Head, HeadSpec
-from hf_softheads.tables import Table, human_bytes
 
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
@@ -90,7 +88,7 @@ def patch(
     plan = SoftheadsConfig(head=head, attention=attention, layers=layers)
     if plan.head is None and plan.attention is None:
         raise ValueError("nothing to do: give head=…, attention=…, or both")
-    base = _base_model(model)
+    base = base_model(model)
     present = checkpoint.plan_of(base)
     for part in ("head", "attention"):
         if present is not None and getattr(plan, part) and getattr(present, part):
@@ -101,7 +99,7 @@ def patch(
     new_head = None if plan.head is None else _fitted_head(base, plan.head, stats)
     variants = _fresh_variants(base, plan)
 
-    original = base.__dict__.get("_softheads_original", Original())
+    original = original_of(base)
     before = _remember(base, original)
     try:
         if new_head is not None:
@@ -132,7 +130,7 @@ def unpatch(model: M) -> M:
     Raises:
         ValueError: the model was not patched in this process (a loaded checkpoint no longer holds the dense head).
     """
-    base = _base_model(model)
+    base = base_model(model)
     plan = checkpoint.plan_of(base)
     original = base.__dict__.get("_softheads_original")
     if plan is None:
@@ -142,7 +140,7 @@ def unpatch(model: M) -> M:
             "the dense head is no longer there: this model was loaded from a patched checkpoint; load the original "
             "model instead"
         )
-    original = original or Original()
+    original = original or Original(attention="sdpa")
     _restore(base, original, None, plan.head is not None, bridge.attention_layers(base))
     base.__dict__.pop("_softheads_original", None)
     return model
@@ -154,7 +152,7 @@ def dense_head(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model was not patched in this process.
     """
-    original = _base_model(model).__dict__.get("_softheads_original")
+    original = base_model(model).__dict__.get("_softheads_original")
     if original is None or original.head is None:
         raise ValueError(
             "this model does not hold its dense head: it was loaded from a patched checkpoint, or its head was never "
@@ -162,66 +160,6 @@ def dense_head(model: nn.Module) -> nn.Module:
         )
     head: nn.Module = original.head
     return head
-
-
-# -- describe ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Description:
-    """What is patched; prints as a table."""
-
-    table: Table
-    notes: list[str]
-
-    def __str__(self) -> str:
-        return "\n".join([str(self.table), *(f"  {note}" for note in self.notes)])
-
-
-def describe(model: nn.Module) -> Description:
-    """Which parts are patched with what: new parameters, bytes, and which path computes them."""
-    base = _base_model(model)
-    plan = checkpoint.plan_of(base)
-    table = Table(["part", "variant", "parameters", "bytes", "computed by"])
-    notes: list[str] = []
-    head = bridge.active_head(base)
-    if isinstance(head, Head) and plan is not None and plan.head is not None:
-        dense = head.in_features * head.out_features
-        share = head.n_parameters / dense
-        table.add(
-            bridge.find_head(base)[0],
-            _short(plan.head),
-            f"{head.n_parameters:,} ({share:.2%} of dense)",
-            human_bytes(head.nbytes),
-            head.path,
-        )
-        notes += head.notes()
-        if head.transform is None:
-            notes.append(
-                "logits are changed after the head in an unknown way: no loss without logits"
-            )
-        if base.__dict__.get("_softheads_original", Original()).tied:
-            notes.append("the input embedding was tied to the head and is now a copy of its own")
-    layers = bridge.attention_layers(base)
-    for path, module in layers.values():
-        variant = getattr(module, bridge.CHILD, None)
-        if isinstance(variant, AttentionVariant):
-            count = sum(p.numel() for p in variant.parameters())
-            size = sum(p.numel() * p.element_size() for p in variant.parameters())
-            table.add(
-                path, _short(variant.spec), f"{count:,}", human_bytes(size), variant.spec.path()
-            )
-    if not table.rows:
-        notes.append(
-            f"{type(base).__name__} is not patched ({len(layers)} attention layers could be)"
-        )
-    return Description(table, notes)
-
-
-def _short(spec: HeadSpec | AttentionSpec) -> str:
-    # `name(field=value, …)` with the fields that differ from their default
-    set_here = [f for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default]
-    return f"{spec.name}({', '.join(f'{f.name}={getattr(spec, f.name)}' for f in set_here)})"
 
 
 # -- steps shared with the loader --------------------------------------------------------------------------------------
@@ -280,10 +218,17 @@ def build_variants(model: PreTrainedModel, plan: SoftheadsConfig) -> dict[int, A
 # -- details -----------------------------------------------------------------------------------------------------------
 
 
-def _base_model(model: nn.Module) -> PreTrainedModel:
+def original_of(model: PreTrainedModel) -> Original:
+    """What was patched out of this model, empty if nothing was."""
+    found: Original = model.__dict__.get("_softheads_original") or Original()
+    return found
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model, also inside a PEFT model. Raises TypeError if there is none."""
     inner: Any = model
     if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
+        inner = inner.getbase_model()
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
     return inner

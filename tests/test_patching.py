@@ -89,6 +89,14 @@ def test_a_loaded_model_cannot_be_unpatched(model, tmp_path):
         sh.dense_head(loaded)
 
 
+def test_a_loaded_model_gets_its_softmax_back(model, tokens, tmp_path):
+    before = model(tokens).logits
+    sh.patch(model, attention=sh.attention.Sigmoid()).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not torch.equal(loaded(tokens).logits, before)
+    assert torch.equal(sh.unpatch(loaded)(tokens).logits, before)
+
+
 def test_weights_that_are_not_there():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
