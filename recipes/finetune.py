@@ -1,0 +1,364 @@
+"""Repair a new head by distillation, or fine-tune a patched (or plain) model with adapters or wholly.
+
+    accelerate launch recipes/finetune.py --config recipes/experiments/repair_vq.json --output runs/repair
+
+An experiment is one JSON file (fields: see `Finetune`). The output folder holds the experiment, the patched model
+before training (`start`), checkpoints, `results.json` with provenance, and the trained model (`model`; for adapters
+merged, and apart in `adapter`). Killed or stopped and started again with the same arguments, it continues where the
+last checkpoint was and ends at the same loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import checkpoints
+import export
+import preparing
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from text_rows import Packing, Row
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+import hf_softheads as sh
+from hf_softheads.embedded import NAME as EMBEDDED
+from hf_softheads.heads.base import HeadSpec
+from hf_softheads.losses.base import LossSpec
+from hf_softheads.orthograd import OrthoGrad
+from hf_softheads.registry import Spec, spec_from_dict
+from hf_softheads.results import provenance, write_json
+
+
+@dataclass(frozen=True)
+class Experiment(Spec, kind="experiment"):
+    """What a recipe does, as JSON: `{"name": "finetune", field: value, …}`."""
+
+
+@dataclass(frozen=True)
+class Finetune(Experiment, name="finetune"):
+    """Everything that decides the result. A folder of another experiment is refused.
+
+    model: `embedded`, a Hub id, or a folder (patched or not); `head`, `attention`: what to patch first.
+    train: `head` (the body is frozen), `lora` (adapters on the body; the new head and attention wholly), `full`.
+    losses: `{"kl": 1.0}` or `[{"name": "kl", "temperature": 2.0, "weight": 1.0}, …]`; default `kl` for `head`, else
+        `cross_entropy`. teacher: a model for distillation losses; default the original model (for `head` its head, on
+        the same hidden states).
+    data, split, text_column, streaming: see `text_rows.documents`; eval_data, eval_split: the same for held-out text.
+    packing: see `text_rows.rows`. window: tokens a row; batch: rows an optimizer step over all processes; micro_batch:
+        rows a forward pass of one process (0: all it has).
+    optimizer: AdamW, or AdamW behind ⊥Grad. warmup: share of the steps. schedule: how the rate falls to zero.
+    precision: of the computation; `auto` is bf16 where the hardware has it. dtype: of the weights.
+    calibration_tokens: for `sh.collect` before the head is fitted.
+    eval_every, checkpoint_every: in steps, 0 for never; keep: how many checkpoints.
+    """
+
+    model: str = EMBEDDED
+    head: HeadSpec | None = None
+    attention: Any = None
+    train: Literal["head", "lora", "full"] = "head"
+    losses: Any = None
+    teacher: str | None = None
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ()
+    dora: bool = False
+    data: str = "stdlib"
+    split: str = "train"
+    text_column: str = "text"
+    streaming: bool = False
+    eval_data: str | None = None
+    eval_split: str | None = None
+    packing: Packing = "documents"
+    window: int = 512
+    batch: int = 8
+    micro_batch: int = 0
+    steps: int = 200
+    lr: float = 1e-3
+    optimizer: Literal["adamw", "orthograd"] = "adamw"
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    clip: float = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    calibration_tokens: int = 131_072
+    eval_tokens: int = 65_536
+    eval_every: int = 100
+    checkpoint_every: int = 100
+    keep: int = 2
+    tracker: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch", "window", "keep"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        self.weighted_losses()
+
+    def weighted_losses(self) -> dict[LossSpec, float]:
+        given = self.losses or ({"kl": 1.0} if self.train == "head" else {"cross_entropy": 1.0})
+        if isinstance(given, dict):
+            given = [{"name": name, "weight": weight} for name, weight in given.items()]
+        found: dict[LossSpec, float] = {}
+        for entry in given:
+            entry = {"name": entry} if isinstance(entry, str) else dict(entry)
+            weight = float(entry.pop("weight", 1.0))
+            found[spec_from_dict("loss", entry)] = weight
+        return found
+
+    def rate(self, step: int) -> float:
+        """The learning rate's factor at a step."""
+        warmup = max(1, round(self.warmup * self.steps))
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, self.steps - warmup)
+        return {
+            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+            "linear": 1 - done,
+            "constant": 1.0,
+        }[self.schedule]
+
+
+def run(experiment: Finetune, output: Path) -> dict[str, Any]:
+    """Train, or continue training, and write everything to `output`; the results.
+
+    Raises:
+        ValueError: the folder belongs to another experiment; a batch that cannot be divided; text without tokens.
+        FloatingPointError: a loss or gradient that is not finite; the last checkpoint stays as it was.
+        SystemExit: SIGTERM came; a checkpoint was written.
+    """
+    preparing.claim(experiment, output)
+    accelerator = preparing.launch(experiment, output)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    if experiment.batch % world:
+        raise ValueError(f"batch {experiment.batch} does not divide by {world} processes")
+    share = experiment.batch // world
+    micro = min(experiment.micro_batch or share, share)
+    set_seed(experiment.seed)
+    if accelerator.is_main_process:
+        preparing.prepare_start(experiment, output)
+    accelerator.wait_for_everyone()
+    model, tokenizer, teacher = preparing.build(experiment, output)
+    if teacher is not None:
+        teacher.to(accelerator.device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+        trained, lr=experiment.lr, betas=(0.9, 0.95), weight_decay=experiment.weight_decay
+    )
+    if experiment.optimizer == "orthograd":
+        optimizer = OrthoGrad(optimizer)
+    batches = preparing.training_batches(experiment, tokenizer, rank * share, share)
+    held_out = preparing.evaluation_rows(experiment, tokenizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    goal = sh.Objective(model, experiment.weighted_losses(), teacher)  # type: ignore[arg-type]
+
+    folder = output / "checkpoints"
+    progress = checkpoints.restore(accelerator, folder) or {"step": 0, "curve": [], "seconds": 0.0}
+    start, curve = progress["step"], progress["curve"]
+    clock = time.perf_counter() - progress["seconds"]
+    bar = tqdm(total=experiment.steps, initial=start, disable=None if rank == 0 else True)
+    model.train(experiment.train != "head")
+
+    def checkpoint(step: int) -> None:
+        progress = {"curve": curve, "seconds": time.perf_counter() - clock}
+        checkpoints.save(accelerator, folder, step, progress, experiment.keep)
+
+    with stop_signal() as stop:
+        for step in range(start, experiment.steps):
+            batch = {k: v.to(accelerator.device) for k, v in batches.at(step).items()}
+            facts = torch.tensor(
+                [float((batch["labels"][:, 1:] != -100).sum()), float(stop.called)]
+            )
+            tokens, stopping = accelerator.reduce(facts.to(accelerator.device), "sum").tolist()
+            if stopping:
+                checkpoint(step)
+                accelerator.end_training()
+                raise SystemExit(128 + signal.SIGTERM)
+            for group in optimizer.param_groups:
+                group["lr"] = experiment.lr * experiment.rate(step)
+            loss = torch.zeros((), device=accelerator.device)
+            pieces = [
+                {k: v[i : i + micro] for k, v in batch.items()} for i in range(0, share, micro)
+            ]
+            for piece in pieces:
+                last = piece is pieces[-1]
+                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    part = goal(**piece, num_items_in_batch=tokens)
+                    accelerator.backward(part * world)
+                loss += part.detach()
+            value = float(accelerator.reduce(loss, "sum"))
+            norm = float(accelerator.clip_grad_norm_(trained, experiment.clip))
+            if not (math.isfinite(value) and math.isfinite(norm)):
+                raise FloatingPointError(not_finite(step, value, norm, batch, tokenizer, folder))
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+            done = step + 1
+            entry: dict[str, Any] = {"step": done, "loss": value, "gradient_norm": norm}
+            if experiment.eval_every and (
+                done % experiment.eval_every == 0 or done == experiment.steps
+            ):
+                entry["held_out"] = held_out_loss(model, held_out, micro, accelerator)
+                tqdm.write(json.dumps(entry)) if rank == 0 else None
+            curve.append(entry)
+            accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=done)
+            bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+            if experiment.checkpoint_every and done % experiment.checkpoint_every == 0:
+                checkpoint(done)
+    bar.close()
+    seconds = time.perf_counter() - clock
+    return finish(experiment, output, accelerator, model, tokenizer, held_out, curve, seconds)
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module, table: Row | None, micro: int, accelerator: Accelerator
+) -> float | None:
+    """Mean nats a token, all processes together; every process runs the same number of forward passes."""
+    if table is None:
+        return None
+    goal = sh.Objective(model, {"cross_entropy": 1.0})
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(2, device=accelerator.device)
+    step = micro * accelerator.num_processes
+    for i in range(0, len(table["input_ids"]), step):
+        first = i + accelerator.process_index * micro
+        piece = {k: v[first : first + micro].to(accelerator.device) for k, v in table.items()}
+        if not len(
+            piece["input_ids"]
+        ):  # nothing is left for this process: run along, count nothing
+            piece = {k: v[:1].to(accelerator.device) for k, v in table.items()}
+            piece["labels"] = torch.full_like(piece["labels"], -100)
+        count = (piece["labels"][:, 1:] != -100).sum()
+        sums += torch.stack([goal(**piece, reduction="sum").float(), count.float()])
+    model.train(was_training)
+    total, count = accelerator.reduce(sums, "sum").tolist()
+    return total / count
+
+
+def not_finite(
+    step: int, loss: float, norm: float, batch: Row, tokenizer: Any, folder: Path
+) -> str:
+    found = checkpoints.complete(folder)
+    last = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+    text = tokenizer.decode(batch["input_ids"][0][:32])
+    return (
+        f"loss {loss}, gradient norm {norm} at step {step}; nothing was updated and {last}. The batch of this "
+        f"process begins with {text!r}"
+    )
+
+
+class _Stop:
+    called = False
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[_Stop]:
+    """Notes SIGTERM instead of dying of it."""
+    stop = _Stop()
+
+    def note(*_: Any) -> None:
+        stop.called = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def finish(
+    experiment: Finetune,
+    output: Path,
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokenizer: Any,
+    held_out: Row | None,
+    curve: list[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """Save the model (adapters merged) and the results."""
+    state = accelerator.get_state_dict(model)
+    final: Any = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    results: dict[str, Any] = {
+        "experiment": experiment.to_dict(),
+        "base_model": experiment.model,
+        "data": f"{experiment.eval_data or experiment.data}, {experiment.eval_split or 'held out'}",
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "seconds": round(seconds, 1),
+        "loss": curve[-1]["loss"],
+        "curve": curve,
+        "stages": [],
+    }
+    if accelerator.is_main_process:
+        final.load_state_dict(state)
+        if experiment.train == "lora":
+            final.save_pretrained(output / "adapter")
+            final = final.merge_and_unload()
+        final = final.to("cpu", getattr(torch, experiment.dtype)).eval()
+        if held_out is not None:
+            results["stages"] = stages(experiment, output, final, held_out)
+        results["provenance"] = provenance(experiment.seed)
+        shutil.rmtree(output / "model", ignore_errors=True)  # of a run that was killed here
+        export.save(final, tokenizer, output / "model", results)
+        write_json(output / export.RESULTS, results)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return results
+
+
+def stages(
+    experiment: Finetune, output: Path, final: PreTrainedModel, held_out: Row
+) -> list[dict[str, Any]]:
+    """Quality of the original, of the patched model before training, and after it."""
+    dtype = getattr(torch, experiment.dtype)
+    original, _ = preparing.load(experiment.model, dtype)
+    found = [("original", original), ("trained", final)]
+    if experiment.head is not None or experiment.attention is not None:
+        found.insert(1, ("patched", preparing.load(str(output / "start"), dtype)[0]))
+    return [
+        {"name": name, **asdict(sh.evaluate(m, [held_out], reference=original))}
+        for name, m in found
+    ]
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the experiment, a JSON file")
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        fields = json.loads(given.config.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{given.config} is not JSON: {error}") from error
+    experiment = spec_from_dict("experiment", {"name": "finetune", **fields})
+    return run(experiment, given.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""What comes before the first step: the folder, the processes, the patched model, what is trained, the data."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from text_rows import Batches, Row, documents, rows, stacked
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_softheads as sh
+from hf_softheads.embedded import NAME as EMBEDDED
+from hf_softheads.embedded import load_embedded
+from hf_softheads.headless import output_head
+from hf_softheads.results import write_json
+
+if TYPE_CHECKING:
+    from finetune import Finetune
+
+
+def claim(experiment: Finetune, output: Path) -> None:
+    """Make the folder this experiment's, or see that it is."""
+    path = output / "experiment.json"
+    mine = json.loads(json.dumps(experiment.to_dict()))
+    if path.is_file():
+        theirs = json.loads(path.read_text())
+        if theirs != mine:
+            changed = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
+            listed = ", ".join(
+                f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in changed
+            )
+            raise ValueError(
+                f"{output} belongs to another experiment ({listed}); choose another --output"
+            )
+    elif int(os.environ.get("RANK", "0")) == 0:
+        write_json(path, mine)
+
+
+def launch(experiment: Finetune, output: Path) -> Accelerator:
+    """The accelerator, refused where processes were launched that do not know of each other."""
+    precision = experiment.precision
+    if precision == "auto":
+        precision = "bf16" if _has_bf16() else "fp32"
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        log_with=experiment.tracker,
+        project_dir=str(output),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise RuntimeError(
+            f"{launched} processes were launched, but accelerate connects {accelerator.num_processes}: on CPUs use "
+            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
+        )
+    if experiment.tracker:
+        accelerator.init_trackers(
+            "hf_softheads", config={"experiment": json.dumps(experiment.to_dict())}
+        )
+    return accelerator
+
+
+def _has_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    if name == EMBEDDED:
+        return load_embedded(dtype)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(
+        name
+    )
+
+
+def prepare_start(experiment: Finetune, output: Path) -> None:
+    """The patched model before training, in `output/start`: made once, for all processes and restarts."""
+    start = output / "start"
+    if start.exists():
+        return
+    model, tokenizer = load(experiment.model, getattr(torch, experiment.dtype))
+    training_text(experiment)  # a wrong data set is refused before the work begins
+    if experiment.head is not None or experiment.attention is not None:
+        stats = None
+        if experiment.head is not None and experiment.calibration_tokens:
+            count = max(1, experiment.calibration_tokens // experiment.window)
+            some = rows(training_text(experiment), tokenizer, experiment.window, "stream")
+            table = stacked(itertools.islice(some, count))
+            stats = sh.collect(model, [table])
+        sh.patch(model, head=experiment.head, attention=experiment.attention, stats=stats)
+    fresh = start.with_name("start.writing")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    fresh.rename(start)
+
+
+def build(experiment: Finetune, output: Path) -> tuple[nn.Module, Any, nn.Module | None]:
+    """The model with what is to be trained marked, its tokenizer, and the teacher."""
+    dtype = getattr(torch, experiment.dtype)
+    model, tokenizer = load(str(output / "start"), dtype)
+    model.config.use_cache = False
+    if experiment.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if experiment.train == "head":
+        model.requires_grad_(False)
+        for p in output_head(model).parameters():
+            p.requires_grad_(p.is_floating_point())
+    elif experiment.train == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        patched = [
+            k for k, on in (("lm_head", experiment.head), ("softheads", experiment.attention)) if on
+        ]
+        config = LoraConfig(
+            r=experiment.lora_rank,
+            lora_alpha=experiment.lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=experiment.lora_dropout,
+            target_modules=list(experiment.lora_targets) or "all-linear",
+            modules_to_save=patched or None,
+            use_dora=experiment.dora,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, config)
+    teacher: nn.Module | None = None
+    if any(loss.needs_teacher for loss in experiment.weighted_losses()):
+        teacher, _ = load(experiment.teacher or experiment.model, dtype)
+        whole = experiment.teacher is not None or experiment.train != "head"
+        needs_states = any(loss.name == "hidden_mse" for loss in experiment.weighted_losses())
+        if not whole and not needs_states:
+            teacher = output_head(teacher)  # type: ignore[arg-type]
+        teacher.requires_grad_(False)  # type: ignore[union-attr]
+    return model, tokenizer, teacher
+
+
+def training_text(experiment: Finetune) -> Any:
+    return documents(
+        experiment.data, experiment.split, experiment.text_column, streaming=experiment.streaming
+    )
+
+
+def training_batches(experiment: Finetune, tokenizer: Any, first: int, count: int) -> Batches:
+    e = experiment
+
+    def make() -> Iterator[Row]:
+        return rows(training_text(e), tokenizer, e.window, e.packing)
+
+    seed = None if e.streaming else e.seed
+    return Batches(make, batch=e.batch, first=first, count=count, seed=seed)
+
+
+def evaluation_rows(experiment: Finetune, tokenizer: Any) -> Row | None:
+    """Held-out rows, or None where the experiment names none."""
+    source, split = experiment.eval_data, experiment.eval_split
+    if source is None and split is None:
+        if experiment.data != "stdlib":
+            return None
+        split = "heldout"
+    texts = documents(source or experiment.data, split or experiment.split, experiment.text_column)
+    count = max(1, experiment.eval_tokens // experiment.window)
+    return stacked(itertools.islice(rows(texts, tokenizer, experiment.window, "stream"), count))
