@@ -6,8 +6,10 @@ module (as FSDP2 does), so that `architectures`, conversion mappings and signatu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +20,13 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hf_softheads.attention.base import AttentionVariant, Geometry, Inputs, run
+from hf_softheads.attention.blocked import Observer
+from hf_softheads.attention.learned_sink import LearnedSink
 from hf_softheads.attention.softmax import Softmax
 from hf_softheads.heads.base import Head, LogitTransform
 
 IMPLEMENTATION = "hf_softheads"  # the attention implementation, also the marker in config.json
-SOFTMAX = Softmax()
+_OBSERVER = "softheads_observer"
 CHILD = "softheads"  # the attention layers' child module that holds a variant and its parameters
 
 
@@ -42,17 +46,17 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in every attention layer: query `(B,H,Q,D)` to `(B,Q,H,Dv)`.
 
-    A layer without a variant computes ordinary softmax attention.
+    A layer without a variant computes ordinary softmax attention, with the layer's soft cap and sinks.
 
     Raises:
-        NotImplementedError: the layer has attention sinks and its variant has none.
+        NotImplementedError: the layer has sinks and its variant has none.
     """
     variant = getattr(module, CHILD, None)
-    spec = SOFTMAX if variant is None else variant.spec
-    if kwargs.get("s_aux") is not None and not spec.takes_sinks:
+    sinks = kwargs.get("s_aux")
+    if sinks is not None and variant is not None and not variant.spec.takes_sinks:
         raise NotImplementedError(
-            f"{type(module).__name__} has learned attention sinks (s_aux), which {spec.name} would ignore; patch every "
-            "layer of this model with `learned_sink`, which starts from them"
+            f"{type(module).__name__} has learned attention sinks (s_aux), which {variant.spec.name} would ignore; "
+            "patch it with `learned_sink`, which starts from them"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     keep, bias = visible(attention_mask, query, key, causal)
@@ -72,9 +76,14 @@ def attention_forward(
         bias=bias,
         causal=causal,
         dropout=dropout if module.training else 0.0,
+        observe=getattr(module, _OBSERVER, None),
     )
     if variant is None:
-        out = run(SOFTMAX, {}, inputs)
+        out = (
+            run(Softmax(), {}, inputs)
+            if sinks is None
+            else run(LearnedSink(), {"sinks": sinks}, inputs)
+        )
     else:
         probe = getattr(variant, "probe", None)
         if probe is not None:
@@ -105,6 +114,33 @@ def show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Forward pre-hook of an attention layer: hands the layer's input to its variant."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     module.get_submodule(CHILD).hidden = hidden
+
+
+@contextlib.contextmanager
+def observed(model: PreTrainedModel, observers: Mapping[int, Observer]) -> Iterator[None]:
+    """Inside, every attention layer shows its weights to the observer of its index, patched or not.
+
+    Raises:
+        ValueError: the family computes its attention itself.
+    """
+    layers = attention_layers(model)
+    if not layers or not model._can_set_attn_implementation():
+        raise ValueError(
+            f"{type(model).__name__} ({model.config.model_type}) computes its attention itself instead of through "
+            "transformers' attention interface, so its weights cannot be seen"
+        )
+    before = model.config._attn_implementation
+    try:
+        for index, observer in observers.items():
+            setattr(layers[index][1], _OBSERVER, observer)
+        if before != IMPLEMENTATION:
+            model.set_attn_implementation(IMPLEMENTATION)
+        yield
+    finally:
+        for index in observers:
+            layers[index][1].__dict__.pop(_OBSERVER, None)
+        if before != IMPLEMENTATION:
+            model.set_attn_implementation(before)
 
 
 def take_sinks(module: nn.Module, variant: AttentionVariant) -> None:
@@ -439,7 +475,7 @@ def adopt(model: PreTrainedModel) -> None:
     so that training with labels computes the loss inside the head, without logits."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not isinstance(module, Adopted):
-            module.__class__ = _adopted(type(module), module is model)
+            module.__class__ = _adopted(module.__class__, module is model)
 
 
 def disown(model: PreTrainedModel) -> None:

@@ -76,6 +76,23 @@ def _parser() -> argparse.ArgumentParser:
     evaluating.add_argument("--json", action="store_true", help="print JSON instead of a table")
     evaluating.set_defaults(run=_eval)
 
+    diagnosing = commands.add_parser(
+        "diagnose", help="attention sinks, entropy, sparsity and massive activations on text"
+    )
+    _add_model(diagnosing)
+    diagnosing.add_argument(
+        "--data", default="stdlib", help="a text file, or 'stdlib' (held-out modules)"
+    )
+    diagnosing.add_argument("--window", type=int, default=256, help="tokens a row")
+    diagnosing.add_argument("--rows", type=int, default=8)
+    diagnosing.add_argument("--epsilon", type=float, default=0.3, help="of the sink rates")
+    diagnosing.add_argument(
+        "--raw", action="store_true", help="do not divide rows by their sum before the sink rate"
+    )
+    diagnosing.add_argument("--plot", type=Path, metavar="FOLDER", help="write PNG files too")
+    diagnosing.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    diagnosing.set_defaults(run=_diagnose)
+
     card = commands.add_parser("card", help="write the model card of an exported folder")
     card.add_argument("folder", type=Path)
     card.add_argument("--results", type=Path, help="a results file; default the one in the folder")
@@ -166,6 +183,20 @@ def _eval(arguments: argparse.Namespace) -> None:
         stride=arguments.stride,
     )
     print(found.to_json() if arguments.json else found)
+
+
+def _diagnose(arguments: argparse.Namespace) -> None:
+    import hf_softheads as sh
+
+    text = _text(arguments.data, "heldout")
+    model, tokenizer = _load(arguments.model, arguments.dtype)
+    rows = sh.data.windows(text, tokenizer, window=min(arguments.window, _window(model)))
+    batch = {"input_ids": rows.input_ids[: arguments.rows]}
+    found = sh.diagnose(model, batch, epsilon=arguments.epsilon, renormalise=not arguments.raw)
+    print(found.to_json() if arguments.json else found)
+    if arguments.plot:
+        for file in found.plot(arguments.plot):
+            print(f"saved to {file}", file=sys.stderr)
 
 
 def _card(arguments: argparse.Namespace) -> None:

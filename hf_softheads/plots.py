@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 
 def plot_stages(stages: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> Path:
@@ -68,3 +69,34 @@ def _save(figure: Any, path: str | Path) -> Path:
     plt.close(figure)
     fresh.replace(path)
     return path
+
+
+def plot_heads(maps: Mapping[str, Sequence[Sequence[float]]], path: str | Path, title: str) -> Path:
+    """Heat maps side by side, each of one number per layer (down) and head (across)."""
+    figure, panels = plt.subplots(
+        1, len(maps), figsize=(3.4 * len(maps), 3.4), layout="constrained", squeeze=False
+    )
+    for axes, (name, values) in zip(panels[0], maps.items(), strict=True):
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axes.set_title(name, loc="left", fontsize=9)
+        axes.set_xlabel("head")
+        axes.set_ylabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=panels[0].tolist(), shrink=0.8)
+    figure.suptitle(title, x=0.01, ha="left")
+    return _save(figure, path)
+
+
+def plot_layers(lines: Mapping[str, Sequence[float]], path: str | Path, title: str) -> Path:
+    """Numbers by layer on a logarithmic axis; 0 is the embedding."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for name, values in lines.items():
+        axes.plot(range(len(values)), values, marker="o", ms=4, label=name)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer (0: embedding)")
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return _save(figure, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +31,6 @@ class AdaptiveTemperature(AttentionSpec, name="adaptive_temperature"):
     long: tuple[float, ...] = ()
     long_from: float = 4.4
     train_through: bool = True
-    training_free: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.polynomial:

@@ -53,6 +53,7 @@ class Inputs:
         hidden: the layer's input `(B, Q, hidden_size)`, for variants with `needs_hidden`.
         causal: the own key of a query is the last one it sees; otherwise the one at its own index (encoders).
         dropout: probability with which a weight is dropped and the others grow, in training.
+        observe: called with every block of weights, see `blocked.Observer`; nothing is fused then.
     """
 
     query: Tensor
@@ -67,6 +68,7 @@ class Inputs:
     hidden: Tensor | None = None
     causal: bool = True
     dropout: float = 0.0
+    observe: blocked.Observer | None = None
 
     def but(self, **changes: Any) -> Inputs:
         """A copy with some fields replaced."""

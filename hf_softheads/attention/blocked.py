@@ -23,6 +23,8 @@ def attend(spec: AttentionSpec, inputs: Inputs, params: Params) -> Tensor:
     inputs = _widened(inputs)
     if torch.compiler.is_compiling():
         return _traceable(spec, inputs, params)
+    if inputs.observe is not None:
+        return _observed(spec, inputs, params)
     names = tuple(params)
     tensors = (inputs.query, inputs.key, inputs.value, inputs.bias, inputs.slopes)
     rest = inputs.but(query=None, key=None, value=None, bias=None, slopes=None, hidden=None)
@@ -79,6 +81,24 @@ class Block:
         )
         stays = torch.rand(weights.shape, device=weights.device, generator=generator)
         return weights * (stays >= inputs.dropout) / (1 - inputs.dropout)
+
+
+Observer = Callable[["Inputs", Block, Tensor, Tensor], None]
+"""Gets the call's inputs, a block, its weights `(B, H, Q, K)` and its mask, bool, broadcastable to them."""
+
+
+@torch.no_grad()
+def _observed(spec: AttentionSpec, inputs: Inputs, params: Params) -> Tensor:
+    query, value = inputs.query, inputs.value
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    for block in _blocks(inputs):
+        keep = _kept(inputs, block)
+        scores = _finished(inputs, block, _capped(inputs, _raw(inputs, block)))
+        weights = spec.weights(scores, keep, params)
+        out[block.batch, :, block.rows] = _times(weights, value[block.batch, :, block.columns])
+        if inputs.observe is not None:
+            inputs.observe(inputs, block, weights, keep)
+    return out
 
 
 class _Blocked(torch.autograd.Function):

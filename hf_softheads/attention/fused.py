@@ -20,7 +20,8 @@ def wide(x: Tensor) -> Tensor:
 
 def possible(inputs: Inputs) -> bool:
     """Does the fused kernel know everything that these inputs ask for?"""
-    return inputs.softcap is None and inputs.slopes is None and inputs.window is None
+    unknown = (inputs.softcap, inputs.slopes, inputs.window, inputs.observe)
+    return all(u is None for u in unknown)
 
 
 def attend(inputs: Inputs) -> Tensor:

@@ -28,6 +28,7 @@ class Gated(AttentionSpec, name="gated"):
     start: float = 6.0
     sums_to_one: ClassVar[bool] = False
     sinks: ClassVar[bool] = False
+    training_free: ClassVar[bool] = True
     needs_hidden: ClassVar[bool] = True
 
     def init_params(self, geometry: Geometry) -> dict[str, Tensor]:
@@ -35,7 +36,7 @@ class Gated(AttentionSpec, name="gated"):
         gates = geometry.heads * (geometry.head_dim if self.per == "channel" else 1)
         return {
             "W": torch.zeros(gates, geometry.hidden_size),
-            "b": torch.full((gates,), self.start),
+            "b": torch.full((gates,), float(self.start)),
         }
 
     def forward(self, inputs: Inputs, params: Params) -> Tensor:

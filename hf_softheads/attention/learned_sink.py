@@ -29,7 +29,7 @@ class LearnedSink(AttentionSpec, name="learned_sink"):
 
     def init_params(self, geometry: Geometry) -> dict[str, Tensor]:
         """`sinks (H,)`."""
-        return {"sinks": torch.full((geometry.heads,), self.start)}
+        return {"sinks": torch.full((geometry.heads,), float(self.start))}
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         return sink_softmax(scores, keep, per_head(params["sinks"]))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, Geometry, Inputs, Params, per_head
+from hf_softheads.attention.blocked import Block
 from hf_softheads.attention.softmax import Softmax
 from hf_softheads.attention.softpick import Softpick
 
@@ -45,13 +46,35 @@ class Mixed(AttentionSpec, name="mixed"):
     def init_params(self, geometry: Geometry) -> dict[str, Tensor]:
         """`gate (H,)`, and the other variant's parameters as `other_<name>`."""
         others = {f"other_{n}": p for n, p in self.other.init_params(geometry).items()}
-        return {"gate": torch.full((geometry.heads,), self.start), **others}
+        return {"gate": torch.full((geometry.heads,), float(self.start)), **others}
 
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
         others = {n.removeprefix("other_"): p for n, p in params.items() if n != "gate"}
         gate = per_head(params["gate"])
+        if inputs.observe is not None:
+            return self._observed(inputs, others, gate)
         softmax = Softmax().forward(inputs, {})
         return softmax + gate * (self.other.forward(inputs, others) - softmax)
+
+    def _observed(self, inputs: Inputs, others: Params, gate: Tensor) -> Tensor:
+        """Shows the sum of both maps, for which one of them is held whole."""
+        first = torch.zeros(*inputs.query.shape[:3], inputs.key.shape[2], device=gate.device)
+        kept = torch.zeros_like(first, dtype=torch.bool)
+
+        def hold(_: Inputs, block: Block, weights: Tensor, keep: Tensor) -> None:
+            where = (block.batch, slice(None), block.rows, block.columns)
+            first[where], kept[where] = weights.to(first.dtype), keep
+
+        def show(_: Inputs, block: Block, weights: Tensor, keep: Tensor) -> None:
+            second = torch.zeros_like(first[block.batch, :, block.rows])
+            second[..., block.columns] = weights.to(first.dtype)
+            both = torch.lerp(first[block.batch, :, block.rows], second, gate.float())
+            if inputs.observe is not None:
+                whole = Block(block.batch, block.rows, slice(0, first.shape[-1]))
+                inputs.observe(inputs, whole, both, kept[block.batch, :, block.rows])
+
+        softmax = Softmax().forward(inputs.but(observe=hold), {})
+        return softmax + gate * (self.other.forward(inputs.but(observe=show), others) - softmax)
 
     def path(self) -> str:
         return f"{Softmax().path()}, and {self.other.path()}"

@@ -18,7 +18,8 @@ class TopK(AttentionSpec, name="top_k"):
     Source: arXiv:2112.12433; gradients through the survivors only, ties as `torch.topk` breaks them.
 
     Args:
-        k: keys that survive; a row that sees no more than k is the softmax.
+        k: keys that survive; a row that sees no more than k is the softmax. A head that attends evenly over its whole
+            context needs a k of about that length.
     """
 
     k: int = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_softheads as sh
 from hf_softheads.attention.base import AttentionSpec
+from hf_softheads.corpus import stdlib_documents
 from tests.attention.samples import SPECS, label
 from tests.conftest import VOCAB, make_model
 
@@ -260,10 +262,11 @@ def test_sinks_are_refused_or_adopted(tokens: Tensor) -> None:
         ):
             sh.patch(model, attention=sa.Softpick())
         assert torch.equal(model(tokens).logits, want)
-        with pytest.raises(NotImplementedError, match="learned attention sinks"):
-            sh.patch(model, attention=sa.LearnedSink(), layers=[0])
-        sh.patch(model, attention=sa.LearnedSink())
-        close(model(tokens).logits, want, 1e-5)
+        for layers in ([0], None):
+            sh.patch(model, attention=sa.LearnedSink(), layers=layers)
+            close(model(tokens).logits, want, 1e-5)
+            sh.unpatch(model)
+        assert sh.diagnose(model, tokens).variants == ["learned_sink"] * 2
 
 
 def test_wrong_layers_are_refused(tokens: Tensor) -> None:
@@ -284,3 +287,28 @@ def test_unknown_geometry_is_refused() -> None:
     silent = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=32))
     with pytest.raises(ValueError, match="number of heads"):
         sh.bridge.geometry(model, 0, SimpleNamespace(config=silent))
+
+
+HARMLESS = [
+    sa.LogN(length=512),
+    sa.SSMax(bias=True),
+    sa.TopK(k=256),
+    sa.LearnedSink(start=-10),
+    sa.Mixed(),
+    sa.Selective(),
+    sa.Gated(),
+]
+
+
+@pytest.mark.parametrize("spec", HARMLESS, ids=label)
+def test_training_free_variants_do_not_hurt(spec: AttentionSpec) -> None:
+    """At the training length a pretrained model keeps its loss."""
+    assert spec.training_free
+    model, tokenizer = sh.embedded.load_embedded()
+    text = "\n".join(stdlib_documents("heldout")[:3])
+    tokens = tokenizer(text, return_tensors="pt").input_ids[:, :512]
+    with torch.no_grad():
+        before = float(model(tokens, labels=tokens).loss)
+        sh.patch(model, attention=spec)
+        after = float(model(tokens, labels=tokens).loss)
+    assert abs(math.expm1(after - before)) <= 1e-3
