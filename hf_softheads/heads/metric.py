@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hf_softheads.stats import HeadStats
+from hf_softheads.kmeans import kmeans
+
+if TYPE_CHECKING:
+    from hf_softheads.stats import HeadStats
 
 _DAMPING = 1e-3  # of the mean variance, added to every direction: directions never seen still cost a little
 
@@ -22,3 +28,36 @@ def metric_root(stats: HeadStats, *, centred: bool = False) -> tuple[Tensor, Ten
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     scale = (values + _DAMPING * values.mean().clamp_min(1e-30)).sqrt()
     return vectors * scale, (vectors / scale).T
+
+
+@torch.no_grad()
+def local_moments(stats: HeadStats, weight: Tensor, clusters: int = 32) -> tuple[Tensor, Tensor]:
+    """The metric of each token's own contexts, one per cluster of tokens: labels `(V,)`, moments `(C, D, D)` float64.
+
+    The error of row v costs `E[p_v (1 - p_v) (δ_v·h)²]`, so what counts is `E[h hᵀ]` where v is likely. Tokens are
+    clustered by the hidden state at which they are likely; a moment is the mean over its tokens on `stats.states`,
+    shrunk towards the global one as its effective number of states is small. Scaled to the global trace.
+    """
+    device = weight.device
+    root, inverse = (r.to(device) for r in metric_root(stats))
+    whole = root @ root.T
+    places = stats.prob_weighted_mean.to(device, torch.float64) @ inverse.T
+    labels = kmeans(places, min(clusters, len(weight)), weights=stats.curvature.to(device)).labels
+    member = F.one_hot(labels).float()
+    states = stats.states.to(device)
+    moments = torch.zeros(member.shape[1], *whole.shape, dtype=torch.float64, device=device)
+    mass = torch.zeros(2, member.shape[1], dtype=torch.float64, device=device)
+    for h in states.split(max(1, 2**24 // len(weight))):
+        p = F.linear(h, weight.float()).softmax(-1)
+        share = ((p - p.square()) @ member).double()  # (S, C)
+        mass += torch.stack([share.sum(0), share.square().sum(0)])
+        for cluster in range(len(moments)):
+            moments[cluster] += (h.double() * share[:, cluster, None]).T @ h.double()
+    effective = mass[0].square() / mass[1].clamp_min(
+        1e-30
+    )  # states that a moment was estimated from
+    trust = (effective / (effective + len(whole)))[:, None, None]
+    moments = moments / mass[0].clamp_min(1e-30)[:, None, None]
+    moments = trust * moments + (1 - trust) * whole
+    traces = moments.diagonal(dim1=1, dim2=2).sum(1)
+    return labels, moments * (whole.trace() / traces)[:, None, None]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.metric import metric_root
+from hf_softheads.heads.metric import local_moments
 from hf_softheads.heads.packing import PARTS, pack_bits, unpack_bits
+from hf_softheads.heads.rounding import nearest_code, round_with_feedback
 from hf_softheads.heads.rows import RowsHead
 from hf_softheads.kmeans import require_finite
 
@@ -28,8 +29,8 @@ class Quantized(HeadSpec, name="quantized"):
     """`row_v = s_vg (q_v - (2**bits - 1) / 2)`, one scale s per row and group of `group` columns, q in `bits` bits.
 
     Without `HeadStats` q is round-to-nearest. With them columns are rounded one by one and each column's error is
-    compensated in the columns after it, in the metric `E[h hᵀ]` (GPTQ, arXiv 2210.17323, applied to the head): this
-    minimises the change of the logits, not of the weights.
+    compensated in the columns after it (GPTQ, arXiv 2210.17323), in the metric `E[p_v (1 - p_v) h hᵀ]` of a row's own
+    contexts (`local_moments`): this minimises the change of the distribution, not of the weights.
 
     Attributes:
         bits: 8, 6, 5, 4, 3 or 2.
@@ -62,69 +63,43 @@ class Quantized(HeadSpec, name="quantized"):
         self, head: QuantizedHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
     ) -> None:
         require_finite(weight, "output rows")
-        dim = weight.shape[1]
-        moment = torch.eye(dim, dtype=torch.float64)
+        vocab, dim = weight.shape
+        group = self.group or dim
+        labels = torch.zeros(vocab, dtype=torch.long, device=weight.device)
+        moments = torch.eye(dim, dtype=torch.float64, device=weight.device).unsqueeze(0)
+        last = torch.full((dim,), 2.0**self.bits - 1, device=weight.device)
         if stats is not None:
-            root = metric_root(stats)[0]
-            moment = root @ root.T
-        moment = moment.to(weight.device)
-        for start in range(0, len(weight), _ROWS):
-            part = weight[start : start + _ROWS].float()
-            scale = _group_scales(part, moment.diagonal().float(), self.bits, self.group or dim)
-            codes = _round_with_feedback(part, scale, moment, self.bits, self.group or dim)
-            head.weight[start : start + _ROWS] = scale
-            for packed, new in zip(head.packed(), pack_bits(codes, self.bits), strict=True):
-                packed[start : start + _ROWS] = new
+            labels, moments = local_moments(stats, weight)
+        for cluster, moment in enumerate(moments):
+            for mine in (labels == cluster).nonzero().flatten().split(_ROWS):
+                rows = weight[mine].float()
+                scale = _group_scales(rows, moment.diagonal().float(), self.bits, group)
+                step = scale.repeat_interleave(group, 1)
+                order = moment.diagonal().argsort(descending=True)
+                codes = round_with_feedback(rows, step, step * (-last[0] / 2), last, moment, order)
+                head.weight[mine] = scale
+                for packed, new in zip(head.packed(), pack_bits(codes, self.bits), strict=True):
+                    packed[mine] = new
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias)
 
 
 def _group_scales(weight: Tensor, importance: Tensor, bits: int, group: int) -> Tensor:
     """Scale of least squared error, columns weighted by `importance`, `(R, D / group)`, a bf16 number."""
-    levels = 2**bits
+    last = 2.0**bits - 1
     cut = weight.view(len(weight), -1, group)
     importance = importance.view(1, -1, group)
-    largest = cut.abs().amax(-1)
+    largest = cut.abs().amax(-1, keepdim=True)
     best = torch.full_like(largest, torch.inf)
     scale = torch.zeros_like(largest)
     for shrink in _SHRINK if bits < 8 else _SHRINK[:1]:
-        step = (largest * (2 * shrink / (levels - 1))).bfloat16().float().clamp_min(1e-30)
-        rounded = _nearest(cut, step.unsqueeze(-1), levels)
-        cost = ((_value(rounded, step.unsqueeze(-1), levels) - cut).square() * importance).sum(-1)
-        better = cost < best
-        best, scale = torch.where(better, cost, best), torch.where(better, step, scale)
-    return scale
-
-
-def _round_with_feedback(
-    weight: Tensor, scale: Tensor, moment: Tensor, bits: int, group: int, block: int = 64
-) -> Tensor:
-    """Codes `(R, D)` uint8: column after column, most active first, errors passed on to the columns that follow."""
-    levels = 2**bits
-    columns = moment.diagonal().argsort(descending=True)
-    inverse = torch.linalg.inv(moment[columns][:, columns])
-    upper = torch.linalg.cholesky(inverse, upper=True).float()  # moment⁻¹ = Uᵀ U
-    rest = weight[:, columns]
-    codes = torch.empty(rest.shape, dtype=torch.uint8, device=weight.device)
-    step = scale[:, columns // group]
-    for first in range(0, len(columns), block):
-        last = min(first + block, len(columns))
-        errors = torch.empty(len(weight), last - first, device=weight.device)
-        for i in range(first, last):
-            q = _nearest(rest[:, i], step[:, i], levels)
-            codes[:, columns[i]] = q.to(torch.uint8)
-            errors[:, i - first] = (rest[:, i] - _value(q, step[:, i], levels)) / upper[i, i]
-            rest[:, i:last] -= errors[:, i - first, None] * upper[i, i:last]
-        rest[:, last:] -= errors @ upper[first:last, last:]
-    return codes
-
-
-def _nearest(weight: Tensor, step: Tensor, levels: int) -> Tensor:
-    return (weight / step + (levels - 1) / 2).round().clamp(0, levels - 1)
-
-
-def _value(codes: Tensor, step: Tensor, levels: int) -> Tensor:
-    return (codes - (levels - 1) / 2) * step
+        step = (largest * (2 * shrink / last)).bfloat16().float().clamp_min(1e-30)
+        offset = step * (-last / 2)
+        error = offset + step * nearest_code(cut, step, offset, last) - cut
+        cost = (error.square() * importance).sum(-1, keepdim=True)
+        scale = torch.where(cost < best, step, scale)
+        best = torch.minimum(best, cost)
+    return scale.squeeze(-1)
 
 
 class QuantizedHead(RowsHead):

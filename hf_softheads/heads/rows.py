@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_softheads.heads import base
-from hf_softheads.heads.base import Head, check_temperature, index_dtype
+from hf_softheads.heads.base import Head, check_temperature
 
 _BLOCK = 4096  # rows rebuilt at once
 
@@ -20,16 +20,16 @@ class RowsHead(Head):
 
     A variant implements `rows`, and `prepare` where its rows live in other coordinates than h. All methods stream
     over the vocabulary: the whole matrix never exists, nor do the logits of many tokens, and the backward pass
-    rebuilds the rows again. A variant may keep its rows in another order than the tokens' in a buffer `order`.
+    rebuilds the rows again. A variant that keeps its rows in another order than the tokens' says so by `order`.
     """
 
-    order: Tensor | None  # token of each row, (V,)
-
-    def __init__(self, dim: int, vocab: int, *, bias: bool, ordered: bool = False):
+    def __init__(self, dim: int, vocab: int, *, bias: bool):
         super().__init__(dim, vocab)
         self.bias = nn.Parameter(torch.empty(vocab)) if bias else None  # in the order of the rows
-        order = torch.arange(vocab).to(index_dtype(vocab)) if ordered else None
-        self.register_buffer("order", order)
+
+    def order(self) -> Tensor | None:
+        """Token of each row, `(V,)` int64; None where that is the row's own number."""
+        return None
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `start … stop - 1`, `(stop - start, K)`; differentiable in the parameters."""
@@ -43,10 +43,12 @@ class RowsHead(Head):
         x = self.prepare(hidden)
         parts = [self._remember(self._block, x, start, stop) for start, stop in self.blocks()]
         scores = torch.cat(parts, -1)
-        return scores if self.order is None else scores.index_select(-1, self._places())
+        places = self.places()
+        return scores if places is None else scores.index_select(-1, places)
 
     def log_prob(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        place = labels if self.order is None else self._places()[labels].long()
+        places = self.places()
+        place = labels if places is None else places[labels].long()
         total, picked = self._stream(hidden, place)
         return picked - total
 
@@ -64,7 +66,7 @@ class RowsHead(Head):
             values, places = torch.cat([values, new], -1), torch.cat([places, where + start], -1)
             values, kept = values.topk(min(k, values.shape[-1]), -1)
             places = places.gather(-1, kept)
-        return values, places if self.order is None else self.order[places].long()
+        return values, self._tokens(places)
 
     @torch.no_grad()
     def sample(
@@ -83,7 +85,7 @@ class RowsHead(Head):
             )  # Gumbel-max over blocks is Gumbel-max over all
             place = torch.where(value > best, where + start, place)
             best = torch.maximum(value, best)
-        return place if self.order is None else self.order[place].long()
+        return self._tokens(place)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Ranges of rows that are rebuilt together."""
@@ -124,8 +126,13 @@ class RowsHead(Head):
             return checkpoint(function, *arguments, use_reentrant=False)
         return function(*arguments)
 
-    def _places(self) -> Tensor:
+    def _tokens(self, rows: Tensor) -> Tensor:
+        order = self.order()
+        return rows if order is None else order[rows]
+
+    def places(self) -> Tensor | None:
         """Row of each token, `(V,)` int32: the inverse of `order`."""
-        assert self.order is not None
-        order = self.order
-        return self._derived("places", lambda: order.long().argsort().int(), order)
+        order = self.order()
+        if order is None:
+            return None
+        return self._derived("places", lambda: order.argsort().int(), order)

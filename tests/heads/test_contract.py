@@ -99,13 +99,14 @@ def test_methods_agree_with_forward(
     assert head.sample(hidden).shape == shape
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("transform", "temperature"), [("none", 1.0), ("scale", 0.6), ("soft cap", 1.3)]
+)
 def test_samples_follow_the_distribution(
     middle: HeadSpec, toy: Toy, temperature: float, transform: str
 ) -> None:
     head = fitted(middle, toy, TRANSFORMS[transform])
-    draws = 40_000
+    draws = 10_000
     hidden = toy.hidden[3].expand(draws, -1)
     generator = torch.Generator().manual_seed(5)
     found = torch.bincount(
@@ -176,7 +177,7 @@ def test_lookup_tables_follow_the_tensors(middle: HeadSpec, toy: Toy, change: st
         head, hidden = head.to(torch.bfloat16), hidden.bfloat16()
     if change == "assign":
         state = {
-            k: v.clone() if v.is_floating_point() else v.flip(0)
+            k: v.flip(0) if k in dict(head.named_buffers()) and v.shape[:1] == (256,) else v.clone()
             for k, v in head.state_dict().items()
         }
         head.load_state_dict(state, assign=True)
@@ -184,7 +185,7 @@ def test_lookup_tables_follow_the_tensors(middle: HeadSpec, toy: Toy, change: st
         for parameter in head.parameters():
             parameter.mul_(1.1)
         for buffer in head.buffers():
-            if not buffer.is_floating_point() and buffer.ndim and change == "in place":
+            if buffer.shape[:1] == (256,) and change == "in place":
                 buffer.copy_(buffer.flip(0))
     logits = head(hidden).float()
     expected = logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)

@@ -1,0 +1,152 @@
+"""Product quantization: each group of columns has a small codebook of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.metric import metric_root
+from hf_softheads.heads.packing import PARTS, pack_bits, unpack_bits
+from hf_softheads.heads.rows import RowsHead
+from hf_softheads.kmeans import kmeans, nearest, require_finite
+
+if TYPE_CHECKING:
+    from hf_softheads.stats import HeadStats
+
+_FITTED_ROWS = 32768  # codebooks are fitted to so many rows, those that matter most
+
+
+@dataclass(frozen=True)
+class ProductVQ(HeadSpec, name="product_vq"):
+    """`logit_v = Σ_g weight[g, code_vg] · x_g`, `x = basis h` cut into `groups` equal parts.
+
+    VQ-Logits with one codebook per group of columns (Jégou et al. 2011; as an output layer RecJPQ, arXiv 2312.06165):
+    `codes**groups` possible rows instead of `codes`. `basis` whitens the hidden state and spreads the variance of
+    the rows evenly over the groups (OPQ's eigenvalue allocation, Ge et al. 2013, in the metric `E[h hᵀ]`).
+
+    Attributes:
+        groups: must divide D; bits per weight = groups · log2(codes) / D, and the tables.
+        codes: per group, a power of two up to 256.
+        rotate: False leaves out `basis`, and its D² parameters.
+        seed: of k-means.
+    """
+
+    groups: int
+    codes: int = 256
+    rotate: bool = True
+    seed: int = 0
+
+    @classmethod
+    def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
+        groups = [dim // part for part in (8, 4, 2, 1) if dim % part == 0]
+        return [cls(g, codes=256 if vocab >= 2**12 else 16) for g in groups]
+
+    @classmethod
+    def lossless(cls, dim: int, vocab: int) -> HeadSpec | None:
+        return cls(dim, codes=256) if vocab <= 256 else None
+
+    def check(self, dim: int, vocab: int) -> None:
+        if self.groups < 1 or dim % self.groups:
+            valid = [g for g in range(1, dim + 1) if dim % g == 0]
+            raise ValueError(
+                f"product_vq asked for {self.groups} groups of {dim} columns; they must divide it: {valid}"
+            )
+        if self.codes not in (2**b for b in PARTS) or self.codes > vocab:
+            raise ValueError(
+                f"product_vq asked for {self.codes} codes a group; "
+                f"a power of two from 2 to {min(256, vocab)} is possible"
+            )
+
+    def module(self, dim: int, vocab: int, *, bias: bool = False) -> ProductVQHead:
+        return ProductVQHead(dim, vocab, self.groups, self.codes, bias=bias, rotate=self.rotate)
+
+    @torch.no_grad()
+    def fit(
+        self, head: ProductVQHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
+    ) -> None:
+        require_finite(weight, "output rows")
+        vocab, dim = weight.shape
+        importance = torch.ones(vocab) if stats is None else stats.curvature
+        importance = importance.to(weight.device)
+        root = inverse = torch.eye(dim, dtype=torch.float64)
+        if stats is not None:
+            root, inverse = metric_root(stats)
+        forward, backward = root.to(weight.device).float(), inverse.to(weight.device).float()
+        if head.basis is not None:
+            rotation = _balanced_rotation(weight @ forward, importance, self.groups)
+            forward, backward = forward @ rotation, rotation.T @ backward
+            head.basis.copy_(backward)
+        train = importance.topk(min(vocab, _FITTED_ROWS)).indices.sort().values
+        codes = torch.empty(vocab, self.groups, dtype=torch.uint8, device=weight.device)
+        width = dim // self.groups
+        for group in range(self.groups):
+            mine = slice(group * width, (group + 1) * width)
+            if head.basis is not None:
+                points, metric = weight @ forward[:, mine], None
+            else:  # the part of the metric that lies within the group
+                moment = forward[mine] @ forward[mine].T
+                points, metric = weight[:, mine], torch.linalg.cholesky(moment)
+            found = kmeans(
+                points[train], self.codes, weights=importance[train], metric=metric, seed=self.seed
+            )
+            head.weight[group] = found.centers
+            codes[:, group] = nearest(points, found.centers, metric=metric)[0].to(torch.uint8)
+        for packed, new in zip(head.packed(), pack_bits(codes, head.bits), strict=True):
+            packed.copy_(new)
+        if head.bias is not None and bias is not None:
+            head.bias.copy_(bias)
+
+
+def _balanced_rotation(points: Tensor, importance: Tensor, groups: int) -> Tensor:
+    """Principal directions `(D, D)` of weighted points, dealt out so that groups have equal products of variances."""
+    moment = (points * importance[:, None]).double().T @ points.double()
+    values, vectors = torch.linalg.eigh(moment / importance.sum().double())
+    room = len(values) // groups
+    content: list[list[int]] = [[] for _ in range(groups)]
+    size = [0.0] * groups
+    for index in reversed(
+        range(len(values))
+    ):  # the largest first, each to the group that has least
+        group = min((g for g in range(groups) if len(content[g]) < room), key=lambda g: size[g])
+        content[group].append(index)
+        size[group] += float(values[index].clamp_min(1e-30).log()) + 100
+    rotation: Tensor = vectors[:, torch.tensor(content).flatten()].float()
+    return rotation
+
+
+class ProductVQHead(RowsHead):
+    """`weight` holds the codebooks `(G, C, D / G)`, `basis (D, D)` the rotation; both train, the codes are fixed."""
+
+    def __init__(self, dim: int, vocab: int, groups: int, codes: int, *, bias: bool, rotate: bool):
+        super().__init__(dim, vocab, bias=bias)
+        self.bits = (codes - 1).bit_length()
+        self.weight = nn.Parameter(torch.empty(groups, codes, dim // groups))
+        self.basis = nn.Parameter(torch.empty(dim, dim)) if rotate else None
+        for width in PARTS[self.bits]:
+            size = -(-groups * width // 8)
+            self.register_buffer(f"codes{width}", torch.zeros(vocab, size, dtype=torch.uint8))
+
+    def packed(self) -> list[Tensor]:
+        return [getattr(self, f"codes{width}") for width in PARTS[self.bits]]
+
+    def prepare(self, hidden: Tensor) -> Tensor:
+        return hidden if self.basis is None else F.linear(hidden, self.basis)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        groups, codes, width = self.weight.shape
+        parts = [p[start:stop] for p in self.packed()]
+        index = unpack_bits(parts, self.bits, groups).int()
+        index = index + torch.arange(groups, dtype=torch.int32, device=index.device) * codes
+        return F.embedding(index, self.weight.view(groups * codes, width)).flatten(1)
+
+    @property
+    def flops(self) -> int:
+        """With one table of products per group: a product per codebook entry, an addition per token and group."""
+        groups, codes, width = self.weight.shape
+        rotation = 0 if self.basis is None else 2 * self.basis.numel()
+        return rotation + 2 * codes * width * groups + groups * self.out_features

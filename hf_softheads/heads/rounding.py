@@ -1,0 +1,49 @@
+"""Rounding a matrix to a grid so that its products with hidden states change least."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def nearest_code(values: Tensor, step: Tensor, offset: Tensor, last: Tensor | float) -> Tensor:
+    """Code in `0 … last` of the grid point `offset + step · code` nearest to each value."""
+    codes = ((values - offset) / step).round_().clamp_min_(0)
+    return codes.clamp_max_(last) if isinstance(last, float) else codes.minimum(last)
+
+
+def round_with_feedback(
+    values: Tensor,
+    step: Tensor,
+    offset: Tensor,
+    last: Tensor,
+    moment: Tensor,
+    order: Tensor,
+    block: int = 64,
+) -> Tensor:
+    """Codes `(R, K)` uint8 that nearly minimise `(v̂ - v) moment (v̂ - v)ᵀ` of every row, `v̂ = offset + step · code`.
+
+    Columns are rounded one by one in `order`; the error of each is passed on to those that follow, as far as these
+    can undo it (GPTQ, arXiv 2210.17323).
+
+    Args:
+        values: `(R, K)` fp32.
+        step, offset: broadcastable to `values`; last: `(K,)`, the largest code of each column.
+        moment: `(K, K)`, positive definite.
+    """
+    upper = torch.linalg.cholesky(torch.linalg.inv(moment[order][:, order].double()), upper=True)
+    upper = upper.float()  # moment⁻¹ = Uᵀ U
+    rest = values[:, order]
+    step, offset = (t.expand_as(values)[:, order] for t in (step, offset))
+    codes = torch.empty(rest.shape, dtype=torch.uint8, device=values.device)
+    for first in range(0, len(order), block):
+        stop = min(first + block, len(order))
+        errors = torch.empty(len(rest), stop - first, device=values.device)
+        for i in range(first, stop):
+            code = nearest_code(rest[:, i], step[:, i], offset[:, i], last[order[i]])
+            codes[:, order[i]] = code.to(torch.uint8)
+            error = (rest[:, i] - offset[:, i] - step[:, i] * code) / upper[i, i]
+            errors[:, i - first] = error
+            rest[:, i:stop] -= error[:, None] * upper[i, i:stop]
+        rest[:, stop:] -= errors @ upper[first:stop, stop:]
+    return codes

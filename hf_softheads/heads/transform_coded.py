@@ -1,0 +1,299 @@
+"""Transform coding: bits go where the softmax feels them, column by column and tier by tier."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.metric import local_moments, metric_root
+from hf_softheads.heads.packing import PARTS, pack, unpack
+from hf_softheads.heads.rounding import nearest_code, round_with_feedback
+from hf_softheads.heads.rows import RowsHead
+from hf_softheads.kmeans import require_finite
+
+if TYPE_CHECKING:
+    from hf_softheads.stats import HeadStats
+
+# Error and step of the best uniform quantizer of a unit Gaussian with 0 … 8 bits (Max 1960).
+_ERROR = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.001041, 0.0003035, 0.0000869)
+_STEP = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
+_STRETCH = (0.75, 0.85, 0.93, 1.0, 1.08, 1.18, 1.3, 1.5)  # of the step, tried on the data
+_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class TransformCoded(HeadSpec, name="transform_coded"):
+    """`logit_v = gain_v Σ_j (scale_tj q_vj + offset_tj) x_j + center · h`, `x = weight · basis h`, t the tier of v.
+
+    The rows in the basis in which their errors matter independently (the Karhunen-Loève basis of `λ^{1/2} W Σ^{1/2}`,
+    `Σ = E[h hᵀ]`, `λ_v = E[p_v(1-p_v)]`: the softmax-aware metric of SoftWater, arXiv 2608.12026), each column of each
+    tier of equally important tokens in 0 to 8 bits by reverse water-filling: a bit more for every factor 4 in
+    `λ · variance`. Rounding errors are passed on to later columns in the metric of each row's own contexts.
+
+    Attributes:
+        bits: per weight of the dense matrix, everything included (basis, scales, tiers) with parameters in bf16.
+        rank: columns of the basis; None: D.
+        tiers: number of token classes, each twice as large as the one before.
+    """
+
+    bits: float
+    rank: int | None = None
+    tiers: int = 8
+
+    @classmethod
+    def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
+        fixed = cls(bits=1.0)._overhead(dim, vocab) * 8 / (dim * vocab)
+        return [cls(bits=round(fixed + bits, 2)) for bits in (0.5, 1.0, 2.0, 3.0, 4.0)]
+
+    def check(self, dim: int, vocab: int) -> None:
+        if self.rank is not None and not 1 <= self.rank <= dim:
+            raise ValueError(f"transform_coded asked for rank {self.rank}; 1 to {dim} are possible")
+        if not 1 <= self.tiers <= 16:
+            raise ValueError(f"transform_coded asked for {self.tiers} tiers; 1 to 16 are possible")
+        least = self._overhead(dim, vocab) * 8 / (dim * vocab)
+        if not least < self.bits <= 9 + least:
+            raise ValueError(
+                f"transform_coded asked for {self.bits} bits per weight; its tables alone take {least:.3f} for a "
+                f"({vocab}, {dim}) matrix, so more than that and at most {9 + least:.1f} is possible"
+            )
+
+    def module(self, dim: int, vocab: int, *, bias: bool = False) -> TransformCodedHead:
+        size = int(self.bits * dim * vocab / 8) - self._overhead(dim, vocab)
+        return TransformCodedHead(dim, vocab, self.rank or dim, self.tiers, size, bias=bias)
+
+    def _overhead(self, dim: int, vocab: int) -> int:
+        """Bytes of everything but the codes, parameters in bf16."""
+        rank = self.rank or dim
+        return rank * dim + 2 * (rank + dim + 2 * self.tiers * rank) + self.tiers * rank + 2 * vocab
+
+    @torch.no_grad()
+    def fit(
+        self, head: TransformCodedHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
+    ) -> None:
+        require_finite(weight, "output rows")
+        vocab, dim = weight.shape
+        device = weight.device
+        importance = torch.ones(vocab, device=device)
+        root = inverse = torch.eye(dim, dtype=torch.float64, device=device)
+        labels, moments = torch.zeros(vocab, dtype=torch.long, device=device), root[None]
+        if stats is not None:
+            importance = stats.curvature.to(device)
+            root, inverse = (r.to(device) for r in metric_root(stats))
+            labels, moments = local_moments(stats, weight)
+        share = importance / importance.sum()
+        center = (share @ weight.float()).bfloat16().float()  # what the softmax does not see
+        moment = root.T @ _moment(weight, center, share).double() @ root
+        vectors = torch.linalg.eigh(moment)[1].flip(1)[:, : self.rank or dim]
+        basis = vectors.T @ inverse
+        scale = basis.abs().amax(1).div(127).bfloat16().double()
+        head.basis.copy_((basis / scale[:, None]).round())
+        head.weight.copy_(scale)
+        head.center.copy_(center)
+        basis = (
+            head.basis.double() * scale[:, None]
+        )  # as stored; the coordinates below are exact for it
+        second = root @ root.T
+        project = torch.linalg.solve(basis @ second @ basis.T, basis @ second).T.float()
+
+        order = importance.argsort(descending=True, stable=True)
+        for tier, (start, stop) in enumerate(head.ranges):
+            head.tier[order[start:stop]] = tier
+        tokens = head.order()
+        energy = torch.empty(self.tiers, len(basis), device=device)
+        for tier, (start, stop) in enumerate(head.ranges):
+            mine = tokens[start:stop]
+            points = (weight[mine].float() - center) @ project
+            deviation = points.square().mean(0).sqrt().clamp_min(1e-30)
+            head.gain[start:stop] = _gain_code((points / deviation).square().mean(1).sqrt())
+            gain = _gain_value(head.gain[start:stop])
+            spread = (points / gain[:, None]).var(0, correction=0)
+            energy[tier] = spread * (importance[mine] * gain.square()).mean()
+        sizes = [stop - start for start, stop in head.ranges]
+        head.bits.copy_(_water_fill(energy, sizes, len(head.codes)))
+        moments = basis @ moments @ basis.T
+        for tier, (start, stop) in enumerate(head.ranges):
+            mine = tokens[start:stop]
+            points = (weight[mine].float() - center) @ project
+            points /= _gain_value(head.gain[start:stop])[:, None]
+            _quantize_tier(head, tier, points, labels[mine], moments)
+        if head.bias is not None and bias is not None:
+            head.bias.copy_(bias[tokens])
+
+
+def _gain_code(gain: Tensor) -> Tensor:
+    """Size of a row on a logarithmic scale, 12 codes an octave, uint8."""
+    return (gain.clamp_min(1e-30).log2() * 12 + 128).round().clamp(0, 255).to(torch.uint8)
+
+
+def _gain_value(code: Tensor) -> Tensor:
+    return torch.exp2((code.float() - 128) / 12)
+
+
+def _moment(weight: Tensor, center: Tensor, share: Tensor) -> Tensor:
+    """`Σ share (w - center)(w - center)ᵀ`, `(D, D)`, a block of rows at a time."""
+    total = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+    for part, s in zip(weight.split(_BLOCK), share.split(_BLOCK), strict=True):
+        part = part.float() - center
+        total += (part * s[:, None]).T @ part
+    return total
+
+
+def _water_fill(energy: Tensor, sizes: list[int], budget: int) -> Tensor:
+    """Bits of each column of each tier, `(T, K)` uint8: always the bit that lowers the error most per byte."""
+    values = energy.double().tolist()
+    bits = [[0] * len(row) for row in values]
+    heap: list[tuple[float, int, int]] = []
+
+    def push(tier: int, column: int) -> None:
+        had = bits[tier][column]
+        if had < 8:
+            gain = values[tier][column] * (_ERROR[had] - _ERROR[had + 1])
+            heapq.heappush(heap, (-gain, tier, column))
+
+    for tier, row in enumerate(values):
+        for column in range(len(row)):
+            push(tier, column)
+    left = budget
+    while heap:
+        _, tier, column = heapq.heappop(heap)
+        had, size = bits[tier][column], sizes[tier]
+        cost = _column_bytes(had + 1, size) - _column_bytes(had, size)
+        if cost > left:
+            continue
+        left -= cost
+        bits[tier][column] += 1
+        push(tier, column)
+    return torch.tensor(bits, dtype=torch.uint8)
+
+
+def _column_bytes(bits: int, rows: int) -> int:
+    return sum(-(-rows * width // 8) for width in PARTS[bits]) if bits else 0
+
+
+def _quantize_tier(
+    head: TransformCodedHead, tier: int, points: Tensor, labels: Tensor, moments: Tensor
+) -> None:
+    """Codes, scales and offsets of one tier from its `points (n, K)`; `labels` choose each row's metric."""
+    bits = head.bits[tier].long()
+    mean, deviation = points.mean(0), points.std(0, correction=0)
+    best = torch.full_like(mean, torch.inf)
+    step, last = torch.ones_like(mean), (2.0**bits - 1).to(mean)
+    spread = torch.tensor(_STEP, device=mean.device)[bits] * deviation
+    for stretch in _STRETCH:
+        trial = (spread * stretch).bfloat16().float().clamp_min(1e-30)
+        offset = (mean - trial * last / 2).bfloat16().float()
+        error = offset + trial * nearest_code(points, trial, offset, last) - points
+        cost = error.square().mean(0)
+        step = torch.where(cost < best, trial, step)
+        best = torch.minimum(best, cost)
+    offset = (mean - step * last / 2).bfloat16().float()
+    head.scale[tier], head.offset[tier] = step, offset
+    coarsest = best.argsort(
+        descending=True
+    )  # their errors are known first, the fine columns undo them
+    codes = torch.empty(points.shape, dtype=torch.uint8, device=points.device)
+    for label in labels.unique():
+        mine = (labels == label).nonzero().flatten()
+        codes[mine] = round_with_feedback(
+            points[mine], step, offset, last, moments[label], coarsest
+        )
+    for plane in head.planes()[tier]:
+        values = (codes[:, plane.columns] >> plane.shift) & (2**plane.width - 1)
+        head.codes[plane.start : plane.stop] = pack(values.T, plane.width).flatten()
+
+
+class _Plane(NamedTuple):
+    """Some bits of some columns of a tier: where in `codes` they are, `(columns, bytes)`."""
+
+    columns: Tensor
+    width: int
+    shift: int
+    start: int
+    stop: int
+
+
+class TransformCodedHead(RowsHead):
+    """`weight (K,)`, `scale` and `offset (T, K)` and `center (D,)` train; the basis and the codes are integers."""
+
+    def __init__(self, dim: int, vocab: int, rank: int, tiers: int, size: int, *, bias: bool):
+        super().__init__(dim, vocab, bias=bias)
+        self.weight = nn.Parameter(torch.empty(rank))
+        self.center = nn.Parameter(torch.empty(dim))
+        self.scale = nn.Parameter(torch.empty(tiers, rank))
+        self.offset = nn.Parameter(torch.empty(tiers, rank))
+        self.basis: Tensor
+        self.gain: Tensor
+        self.bits: Tensor
+        self.tier: Tensor
+        self.codes: Tensor
+        self.register_buffer("basis", torch.zeros(rank, dim, dtype=torch.int8))
+        self.register_buffer("gain", torch.zeros(vocab, dtype=torch.uint8))
+        self.register_buffer("bits", torch.zeros(tiers, rank, dtype=torch.uint8))
+        self.register_buffer("tier", torch.zeros(vocab, dtype=torch.uint8))
+        self.register_buffer("codes", torch.zeros(max(0, size), dtype=torch.uint8))
+        ends = [max(1, math.ceil(vocab / 2 ** (tiers - 1 - t))) for t in range(tiers)]
+        self.ranges = list(zip([0, *ends[:-1]], ends, strict=True))
+
+    def order(self) -> Tensor:
+        return self._derived("order", lambda: self.tier.argsort(stable=True), self.tier)
+
+    def planes(self) -> list[list[_Plane]]:
+        """Layout of `codes`, tier by tier; follows from `bits`."""
+
+        def build() -> list[list[_Plane]]:
+            layout, start = [], 0
+            for bits, (first, last) in zip(self.bits.cpu(), self.ranges, strict=True):
+                planes = []
+                for amount, parts in PARTS.items():
+                    columns = (bits == amount).nonzero().flatten().to(self.bits.device)
+                    below = amount
+                    for width in parts if len(columns) else ():
+                        below -= width
+                        stop = start + len(columns) * -(-(last - first) * width // 8)
+                        planes.append(_Plane(columns, width, below, start, stop))
+                        start = stop
+                layout.append(planes)
+            return layout
+
+        return self._derived("planes", build, self.bits)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        for start, stop in self.ranges:
+            for first in range(start, stop, _BLOCK):
+                yield first, min(first + _BLOCK, stop)
+
+    def prepare(self, hidden: Tensor) -> Tensor:
+        shift = F.linear(hidden, self.center.unsqueeze(0))
+        basis = self.basis.to(hidden.dtype) * self.weight[:, None]
+        return torch.cat([F.linear(hidden, basis), shift], -1)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        tier = next(t for t, (first, last) in enumerate(self.ranges) if first <= start < last)
+        first, last = self.ranges[tier][0], stop
+        codes = torch.zeros(len(self.weight), stop - start, device=self.codes.device)
+        for plane in self.planes()[tier]:
+            packed = self.codes[plane.start : plane.stop].view(len(plane.columns), -1)
+            begin = (start - first) * plane.width // 8  # a multiple of 8 rows
+            end = -(-(last - first) * plane.width // 8)
+            values = unpack(packed[:, begin:end], plane.width, stop - start)
+            codes[plane.columns] += values.float() * 2**plane.shift
+        gain = _gain_value(self.gain[start:stop])
+        rows = (codes.T * self.scale[tier] + self.offset[tier]) * gain[:, None]
+        return F.pad(rows, (0, 1), value=1.0)
+
+    def notes(self) -> list[str]:
+        used = (self.bits > 0).float().mean(1).tolist()
+        mean = self.bits.float().mean(1).tolist()
+        return [
+            "bits per column from the most to the least important tier: "
+            + ", ".join(f"{m:.1f}" for m in mean),
+            "columns in use: " + ", ".join(f"{u:.0%}" for u in used),
+        ]
