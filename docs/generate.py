@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hf_softheads  # noqa: F401 - registers every variant
+from hf_softheads.attention.base import AttentionSpec
+from hf_softheads.registry import variants
 from hf_softheads.tables import Table, human_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +48,55 @@ def vq_table() -> str:
     return f"{table.markdown()}\n\n{note} {_where(found)}"
 
 
+def attention_table() -> str:
+    """Every attention variant, from the docstrings and tags of its class."""
+    columns = ["name", "formula", "source", "sums to one", "exact zeros", "sinks", "training-free"]
+    table = Table([*columns, "parameters", "computed by"])
+    for name, cls in variants("attention").items():
+        formula, source = _docstring(cls)
+        spec: Any = cls()
+        own = cls.init_params is not AttentionSpec.init_params
+        tags = (spec.sums_to_one, spec.exact_zeros, spec.sinks, spec.training_free)
+        table.add(
+            f"`{name}`",
+            formula,
+            source,
+            *("yes" if tag else "no" for tag in tags),
+            inspect.getdoc(cls.init_params).rstrip(".") if own else "–",
+            spec.path().partition(":")[0],
+        )
+    return table.markdown().replace("||", "\\|\\|")
+
+
+def attention_speed_table() -> str:
+    """Speed and untrained quality of every attention variant, from `attention.json`."""
+    found = _results("attention")
+    timed: dict[str, dict[tuple[int, bool], float]] = {}
+    for row in found["speed"]:
+        timed.setdefault(row["variant"], {})[row["length"], row["train"]] = row["ratio"]
+    plain = {r["variant"]["name"]: r for r in reversed(found["quality"])}
+    sizes = [(length, train) for length in (1024, 2048) for train in (False, True)]
+    heads = [f"{length:,} {'fwd + bwd' if train else 'fwd'}" for length, train in sizes]
+    table = Table(["variant", *heads, "perplexity ×, untrained", "sink rate", "zeros"])
+    for name, ratios in timed.items():
+        row = plain.get(name)
+        facts = ["–"] * 3
+        if row is not None:
+            ratio, sinks = row["perplexity_ratio"], row["sink_rate"]
+            facts = [f"{ratio:.3f}", f"{sinks:.0f} %", f"{row['zeros']:.0%}"]
+        table.add(f"`{name}`" if row else name, *(f"{ratios[s]:.2f}" for s in sizes), *facts)
+    return f"{table.markdown()}\n\n{_where(found)}"
+
+
+def _docstring(cls: type) -> tuple[str, str]:
+    """The formula (first line) and the source of a variant."""
+    lines = inspect.getdoc(cls).splitlines()
+    source = next((line for line in lines if line.startswith("Source: ")), "Source: –")
+    return lines[0].replace("|", "\\|"), re.split(
+        r"[.;:] |, the default|\.$", source[8:].replace("eq. ", "eq.\u00a0")
+    )[0].replace("|", "\\|")
+
+
 def _results(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
@@ -58,6 +112,7 @@ def _where(found: Any) -> str:
 
 BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "vq": (ROOT / "README.md", vq_table),
+    "attention": (ROOT / "docs" / "variants.md", attention_table),
 }
 
 

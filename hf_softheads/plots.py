@@ -100,3 +100,17 @@ def plot_layers(lines: Mapping[str, Sequence[float]], path: str | Path, title: s
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return _save(figure, path)
+
+
+def plot_ratios(bars: Mapping[str, float], path: str | Path, xlabel: str, title: str) -> Path:
+    """Horizontal bars, the longest on top, with a line at 1."""
+    names = sorted(bars, key=lambda name: bars[name])
+    figure, axes = plt.subplots(figsize=(7.2, 0.8 + 0.24 * len(bars)), layout="constrained")
+    drawn = axes.barh(names, [bars[name] for name in names], color="#5e81ac")
+    axes.bar_label(drawn, [f"{bars[name]:.2f}" for name in names], padding=4, fontsize=8)
+    axes.axvline(1.0, color="#4c566a", lw=1)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_xlabel(xlabel)
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)

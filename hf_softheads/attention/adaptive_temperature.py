@@ -14,7 +14,7 @@ from hf_softheads.attention.base import AttentionSpec, Params, softmax
 class AdaptiveTemperature(AttentionSpec, name="adaptive_temperature"):
     """`softmax(β · z)`, `β = max(1, poly(H))` where `H > 0.5` nats, else 1; H the entropy of `softmax(z)`
 
-    Source: arXiv:2410.01104, listing in section 5. The published polynomial exceeds 1 only for `0.85 < H < 5.94`: a
+    Source: arXiv:2410.01104. The published polynomial exceeds 1 only for `0.85 < H < 5.94`: a
     row that spreads over more than 380 keys is left as it is.
 
     Args:

@@ -16,7 +16,7 @@ from hf_softheads.attention.entmax15 import Entmax15
 class ASEntmax(Entmax15, name="asentmax"):
     """`entmax15((δ + β · log(n + 1)^γ) · z)`
 
-    Source: arXiv:2506.16640, section 4; β and γ per token and head from the layer's input, `β = softplus(x W_β)`,
+    Source: arXiv:2506.16640; β and γ per token and head from the layer's input, `β = softplus(x W_β)`,
     `γ = 2 tanh(x W_γ)`, or one learned pair per head.
 
     Args:

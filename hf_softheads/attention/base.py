@@ -131,7 +131,7 @@ class AttentionSpec(Spec, kind="attention"):
     def path(self) -> str:
         """How a layer with this variant runs, for `describe`."""
         if self._overrides("weights"):
-            return "query blocks (another row map than softmax), recomputed in the backward pass"
+            return "query blocks: no fused kernel has this row map"
         return "scaled_dot_product_attention"
 
     def module(self, geometry: Geometry) -> AttentionVariant:

@@ -15,7 +15,7 @@ from hf_softheads.attention.base import AttentionSpec, Inputs, Params
 class ELU(AttentionSpec, name="elu"):
     """`w = elu(z) + 1`, divided by `Σ w + ε` or not
 
-    Source: arXiv:2410.10781, section 5. With `features` the map is on both sides of the product, as in linear
+    Source: arXiv:2410.10781. With `features` the map is on both sides of the product, as in linear
     attention: `w = scaling · (elu(q) + 1) · (elu(k) + 1)`.
 
     Args:

@@ -17,7 +17,7 @@ from hf_softheads.attention.base import AttentionSpec, Geometry, Params, per_hea
 class Entmax(AttentionSpec, name="entmax"):
     """`w = relu((α - 1) z - τ)^(1 / (α - 1))`, τ such that `Σ w = 1`
 
-    Source: arXiv:1905.05702, eq. 8; a learned α per head: arXiv:1909.00015.
+    Source: arXiv:1905.05702; a learned α per head: arXiv:1909.00015.
 
     Args:
         alpha: α > 1; 2 is sparsemax, towards 1 it becomes the softmax.

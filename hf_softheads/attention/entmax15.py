@@ -15,7 +15,7 @@ from hf_softheads.attention.base import AttentionSpec, Params
 class Entmax15(AttentionSpec, name="entmax15"):
     """`w = relu(z / 2 - τ)²`, τ such that `Σ w = 1`
 
-    Source: arXiv:1905.05702, section 3.
+    Source: arXiv:1905.05702.
     """
 
     exact_zeros: ClassVar[bool] = True

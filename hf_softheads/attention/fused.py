@@ -70,7 +70,7 @@ def _is_causal(keep: Tensor) -> bool:
 
 # -- softmax with one more key per head, of score `sinks[h]` and value 0 ---------------------------------------------
 
-SINKS = "flash kernel and one factor from its log-sum-exp on a CPU, query blocks elsewhere"
+SINKS = "flash kernel on a CPU, query blocks elsewhere: needs the log-sum-exp"
 
 
 def sinks_possible(inputs: Inputs) -> bool:

@@ -14,7 +14,7 @@ from hf_softheads.attention.base import AttentionSpec, Params
 class Linear(AttentionSpec, name="linear"):
     """`w = z`, divided by `max(|Σ z|, 1)` or not
 
-    Source: arXiv:2410.10781, section 5 (identity kernel). Weights may be negative.
+    Source: arXiv:2410.10781 (identity kernel). Weights may be negative.
 
     Args:
         normalised: divide by the row's sum.

@@ -15,7 +15,7 @@ from hf_softheads.attention.base import AttentionSpec, Inputs, Params
 class LSSA(AttentionSpec, name="lssa"):
     """`a = softplus(log D · log n · cos(q, k))`, `w = a / (Σ a + ε)`
 
-    Source: arXiv:2501.13428, eq. 6. The scores are cosines: `scaling` is not used.
+    Source: arXiv:2501.13428. The scores are cosines: `scaling` is not used.
 
     Args:
         eps: ε; the paper gives none.

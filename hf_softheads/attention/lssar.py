@@ -15,7 +15,7 @@ from hf_softheads.attention.lssa import LSSA
 class LSSAR(LSSA, name="lssar"):
     """`r = relu(w · n - O)^p`, `w_r = r / (Σ r + ε)`, w the weights of `lssa`, `O = 1`, or 0 for rows of up to 3 keys
 
-    Source: arXiv:2501.13428, eq. 9. A row of equal scores is 0: no key is above the average.
+    Source: arXiv:2501.13428. A row of equal scores is 0: no key is above the average.
 
     Args:
         p: power; 15 for long contexts, 3 is best at 1,024 tokens.

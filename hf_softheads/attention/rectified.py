@@ -14,7 +14,7 @@ from hf_softheads.attention.base import AttentionSpec, Params, softmax
 class Rectified(AttentionSpec, name="rectified"):
     """`w = [z ≥ 0] exp(z) / Σ [z ≥ 0] exp(z)`, 0 for a row of negative scores
 
-    Source: arXiv:2504.20966, section 3 (the ancestor of softpick).
+    Source: arXiv:2504.20966 (the ancestor of softpick).
     """
 
     sums_to_one: ClassVar[bool] = False

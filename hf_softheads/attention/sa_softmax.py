@@ -15,7 +15,7 @@ from hf_softheads.attention.base import AttentionSpec, Params, softmax
 class SASoftmax(AttentionSpec, name="sa_softmax"):
     """`w = p · (z - min(z_min, 0)) / (max(z_max, 0) - min(z_min, 0))`, `p = softmax(z)`
 
-    Source: arXiv:2502.18277, eq. 6 (the default form); `normalised=False` is `w = p · z`, eq. 4.
+    Source: arXiv:2502.18277, the default form; `normalised=False` is `w = p · z`.
 
     Args:
         normalised: adjust by the row's range, so that weights lie in [0, 1].

@@ -17,7 +17,7 @@ _LARGEST = 75.0  # exp of it times 10⁵ keys is finite in fp32
 class Softpick(AttentionSpec, name="softpick"):
     """`w = relu(exp(z) - 1) / (Σ |exp(z) - 1| + ε)`
 
-    Source: arXiv:2504.20966, eq. 5. Evaluated as `expm1(z)`, which keeps small scores, shifted only where it would
+    Source: arXiv:2504.20966. Evaluated as `expm1(z)`, which keeps small scores, shifted only where it would
     overflow.
 
     Args:

@@ -15,7 +15,7 @@ from hf_softheads.attention.base import AttentionSpec, Params
 class Sparsemax(AttentionSpec, name="sparsemax"):
     """`w = relu(z - τ)`, τ such that `Σ w = 1`
 
-    Source: arXiv:1602.02068, eq. 3.
+    Source: arXiv:1602.02068.
     """
 
     exact_zeros: ClassVar[bool] = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +25,10 @@ class SSMax(AttentionSpec, name="ssmax"):
 
     reference_length: int = 380
     bias: bool = False
-    training_free: ClassVar[bool] = True
+
+    @property
+    def training_free(self) -> bool:  # type: ignore[override]
+        return self.bias
 
     def __post_init__(self) -> None:
         if self.reference_length < 2:

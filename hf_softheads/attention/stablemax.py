@@ -14,7 +14,7 @@ from hf_softheads.attention.base import AttentionSpec, Params
 class StableMax(AttentionSpec, name="stablemax"):
     """`w = s(z) / Σ s(z)`, `s(z) = z + 1` for `z ≥ 0`, else `1 / (1 - z)`
 
-    Source: arXiv:2501.04697, eq. 7. The gradient is finite everywhere; the authors' code gives NaN at z = 1.
+    Source: arXiv:2501.04697. The gradient is finite everywhere; the authors' code gives NaN at z = 1.
     """
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:

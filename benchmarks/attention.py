@@ -1,0 +1,164 @@
+"""Speed of every attention variant against torch's fused softmax, and what it does to a model that never saw it.
+
+    python benchmarks/attention.py            # about six minutes; writes benchmarks/results/attention.json and .png
+
+Speed: batch 1, 16 heads of 64, causal, fp32; ratio to `scaled_dot_product_attention` in the same process, forward and
+forward + backward. Quality: perplexity of the embedded model on held-out text when the variant replaces the softmax of
+every layer without any training, and its attention sinks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import entmax
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from timing import compare
+
+import hf_softheads as sh
+from hf_softheads.attention.base import AttentionSpec, attend
+from hf_softheads.corpus import stdlib_documents
+from hf_softheads.data import windows
+from hf_softheads.embedded import load_embedded
+from hf_softheads.plots import plot_ratios
+from hf_softheads.registry import variants
+from hf_softheads.results import provenance, write_json
+
+RESULTS = Path(__file__).parent / "results"
+HEADS, DIM, WIDTH = 16, 64, 1024
+BASELINE = "softmax"
+
+
+def eager(row_map: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Attention as it is usually published: the whole matrix, an additive mask, autograd."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        scores = (query @ key.mT * DIM**-0.5).masked_fill(~mask, -torch.inf)
+        return row_map(scores) @ value
+
+    return run
+
+
+PEERS = {
+    "eager softmax": eager(lambda z: z.softmax(-1)),
+    "sparsemax of the entmax package": eager(lambda z: entmax.sparsemax(z, dim=-1)),
+    "entmax15 of the entmax package": eager(lambda z: entmax.entmax15(z, dim=-1)),
+}
+
+
+def candidates(length: int, train: bool) -> dict[str, Callable[[], Any]]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, HEADS, length, DIM, generator=generator) for _ in range(3)]
+    hidden = torch.randn(1, length, WIDTH, generator=generator)
+    grad = torch.randn(1, HEADS, length, DIM, generator=generator)
+    geometry = sh.attention.base.Geometry(HEADS, HEADS, DIM, WIDTH)
+
+    def bind(function: Callable[..., Tensor], params: dict[str, Tensor]) -> Callable[[], Any]:
+        if not train:
+            return torch.no_grad()(lambda: function(*inputs))
+        leaves = [t.requires_grad_() for t in (*inputs, *params.values())]
+        return lambda: torch.autograd.grad(function(*inputs), leaves, grad, allow_unused=True)
+
+    found = {name: bind(function, {}) for name, function in PEERS.items()}
+    for name, cls in variants("attention").items():
+        spec: Any = cls()
+        params = spec.init_params(geometry)
+        given = {"params": params, "hidden": hidden if spec.needs_hidden else None}
+
+        def run(q: Tensor, k: Tensor, v: Tensor, spec: Any = spec, given: Any = given) -> Tensor:
+            return attend(spec, q, k, v, **given)
+
+        found[name] = bind(run, params)
+    return found
+
+
+def speeds(seconds: float) -> list[dict[str, Any]]:
+    rows = []
+    for length in (1024, 2048):
+        for train in (False, True):
+            timed = compare(
+                candidates(length, train), BASELINE, rounds=9, seconds=seconds, cold=False
+            )
+            for name, numbers in timed.items():
+                rows.append({"variant": name, "length": length, "train": train, **numbers})
+                print(f"{name:32s} T={length} train={train!s:5} {numbers['ratio']:.2f}", flush=True)
+    return rows
+
+
+def quality() -> list[dict[str, Any]]:
+    model, tokenizer = load_embedded()
+    held_out = windows(stdlib_documents("heldout"), tokenizer, window=512)
+    rows = held_out.input_ids[:24]
+
+    def loss() -> float:
+        with torch.no_grad():
+            return sum(float(model(part, labels=part).loss) for part in rows.split(4)) / 6
+
+    base = loss()
+    cases: list[tuple[AttentionSpec, list[int] | None]] = [
+        (cls(), None) for cls in variants("attention").values()
+    ]
+    cases += [
+        (sh.attention.TopK(k=64), [1, 2, 3]),
+        (sh.attention.TopK(k=256), None),
+        (sh.attention.SSMax(bias=True), None),
+        (sh.attention.Sigmoid(row_bias="lse"), None),
+    ]
+    found = []
+    for spec, layers in cases:
+        torch.manual_seed(0)
+        sh.patch(model, attention=spec, layers=layers)
+        ratio = math.exp(loss() - base)
+        facts = sh.diagnose(model, rows[:8])
+        sh.unpatch(model)
+        entropy = [h for layer in facts.relative_entropy for h in layer]
+        found.append(
+            {
+                "variant": spec.to_dict(),
+                "layers": layers,
+                "perplexity_ratio": ratio,
+                "sink_rate": facts.sink_rate,
+                "relative_entropy": sum(entropy) / len(entropy),
+                "zeros": sum(map(sum, facts.zeros)) / len(entropy),
+            }
+        )
+        print(f"{spec} {layers or ''} perplexity × {ratio:.4f}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60, help="for each of four timings")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    found = {
+        "provenance": provenance(seed=0),
+        "shape": {"batch": 1, "heads": HEADS, "head_dim": DIM, "dtype": "float32", "causal": True},
+        "speed": speeds(arguments.seconds),
+        "quality": quality(),
+    }
+    write_json(RESULTS / "attention.json", found)
+    bars = {
+        row["variant"]: row["ratio"]
+        for row in found["speed"]
+        if row["length"] == 2048 and not row["train"]
+    }
+    plot_ratios(
+        bars,
+        RESULTS / "attention.png",
+        "speed ÷ torch's fused softmax attention (2,048 tokens, forward)",
+        "attention variants, CPU",
+    )
+
+
+if __name__ == "__main__":
+    main()
