@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_softheads as sh
 from hf_softheads.embedded import NAME as EMBEDDED
 from hf_softheads.embedded import load_embedded
-from hf_softheads.headless import output_head
+from hf_softheads.headless import output_head, vocabulary
 from hf_softheads.results import write_json
 
 if TYPE_CHECKING:
@@ -87,6 +87,11 @@ def prepare_start(experiment: Finetune, output: Path) -> None:
     if start.exists():
         return
     model, tokenizer = load(experiment.model, getattr(torch, experiment.dtype))
+    if len(tokenizer) > vocabulary(model):
+        raise ValueError(
+            f"the tokenizer of {experiment.model} has {len(tokenizer)} tokens, its model {vocabulary(model)}: they do "
+            "not belong together"
+        )
     training_text(experiment)  # a wrong data set is refused before the work begins
     if experiment.head is not None or experiment.attention is not None:
         stats = None

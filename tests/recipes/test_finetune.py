@@ -1,0 +1,358 @@
+"""`finetune.py`: what it trains, that it continues exactly, on one and two processes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import export
+import finetune
+import preparing
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_softheads.registry import spec_from_dict
+
+from .conftest import RECIPES
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning",  # peft's
+    "ignore:.*pin_memory.*:UserWarning",
+)
+
+
+def run(fields: dict[str, Any], output: Path) -> dict[str, Any]:
+    return finetune.run(spec_from_dict("experiment", fields), output)
+
+
+def losses(results: dict[str, Any]) -> list[float]:
+    return [entry["loss"] for entry in results["curve"]]
+
+
+def command(config: Path, output: Path) -> list[str]:
+    return [
+        sys.executable,
+        str(RECIPES / "finetune.py"),
+        "--config",
+        str(config),
+        "--output",
+        str(output),
+    ]
+
+
+def environment(**more: str) -> dict[str, str]:
+    threads = str(torch.get_num_threads())
+    root = str(RECIPES.parent)
+    return {
+        **os.environ,
+        "PYTHONPATH": root,
+        "OMP_NUM_THREADS": threads,
+        "HF_HUB_OFFLINE": "1",
+        **more,
+    }
+
+
+def write(fields: dict[str, Any], folder: Path) -> Path:
+    path = folder / "experiment.json"
+    path.write_text(json.dumps(fields))
+    return path
+
+
+def test_head_repair_end_to_end(experiment: dict[str, Any], tmp_path: Path) -> None:
+    results = run({**experiment, "steps": 30, "eval_every": 0}, tmp_path / "run")
+    assert len(results["curve"]) == 30
+    assert losses(results)[-1] < 0.9 * losses(results)[0]
+    names = [stage["name"] for stage in results["stages"]]
+    assert names == ["original", "patched", "trained"]
+    original, patched, trained = results["stages"]
+    assert trained["kl"] < patched["kl"]
+    assert original["kl"] == pytest.approx(0, abs=1e-6)
+    assert set(results["provenance"]) >= {"commit", "versions", "machine", "seed"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "start")
+    changed = {
+        k for k, v in model.state_dict().items() if not torch.equal(v, start.state_dict()[k])
+    }
+    assert changed == {"lm_head.weight"}
+    assert (
+        json.loads((tmp_path / "run" / "results.json").read_text())["loss"] == losses(results)[-1]
+    )
+
+
+def test_accumulation_changes_nothing(
+    experiment: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = run(experiment, tmp_path / "whole")
+    pieces = run({**experiment, "micro_batch": 1}, tmp_path / "pieces")
+    assert losses(pieces) == pytest.approx(losses(whole), rel=1e-5)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("train", ["head", "lora"])
+def test_stopped_and_continued_ends_the_same(
+    experiment: dict[str, Any],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    train: str,
+    streaming: bool,
+) -> None:
+    fields = {**experiment, "train": train, "lora_dropout": 0.2, "losses": {"cross_entropy": 1.0}}
+    if streaming:
+        fields |= {"streaming": True, "data": str(folder / "train.jsonl")}
+    expected = run(fields, tmp_path / "whole")
+    finetune_batches = preparing.training_batches
+
+    def stop_at_three(*arguments: Any) -> Any:
+        batches = finetune_batches(*arguments)
+        at = batches.at
+
+        def watched(step: int) -> Any:
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return at(step)
+
+        batches.at = watched
+        return batches
+
+    monkeypatch.setattr(preparing, "training_batches", stop_at_three)
+    with pytest.raises(SystemExit) as stopped:
+        run(fields, tmp_path / "stopped")
+    assert stopped.value.code == 143
+    assert checkpoints.complete(tmp_path / "stopped" / "checkpoints")[-1].name == "step_000003"
+    monkeypatch.setattr(preparing, "training_batches", finetune_batches)
+    found = run(fields, tmp_path / "stopped")
+    assert losses(found) == losses(expected)
+    assert found["stages"] == expected["stages"]
+
+
+def wait_for_step(output: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        found = checkpoints.complete(output / "checkpoints")
+        if found and int(found[-1].name.removeprefix("step_")) >= step:
+            return
+        time.sleep(0.02)
+
+
+def test_killed_and_restarted_ends_the_same(experiment: dict[str, Any], tmp_path: Path) -> None:
+    """SIGKILL in a process of its own; what it left half-written is ignored."""
+    fields = {
+        **experiment,
+        "steps": 400,
+        "checkpoint_every": 20,
+        "eval_every": 0,
+        "eval_tokens": 64,
+    }
+    output = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(write(fields, tmp_path), output), env=environment(), stderr=subprocess.DEVNULL
+    )
+    wait_for_step(output, 30, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    (output / "checkpoints" / "step_000140.writing").mkdir()
+    assert losses(run(fields, output)) == losses(run(fields, tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_lose_nothing(experiment: dict[str, Any], tmp_path: Path) -> None:
+    fields = {**experiment, "steps": 400, "checkpoint_every": 7, "eval_every": 0, "eval_tokens": 64}
+    config, output = write(fields, tmp_path), tmp_path / "killed"
+    generator = random.Random(0)
+    for kill in range(10):
+        process = subprocess.Popen(
+            command(config, output), env=environment(), stderr=subprocess.DEVNULL
+        )
+        wait_for_step(output, (kill + 1) * 30, process)
+        time.sleep(generator.random() * 0.3)
+        process.kill()
+        process.wait()
+    subprocess.run(command(config, output), env=environment(), check=True)
+    found = json.loads((output / "results.json").read_text())
+    assert losses(found) == losses(run(fields, tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("train", ["head", pytest.param("lora", marks=pytest.mark.slow)])
+def test_two_processes_give_the_result_of_one(
+    experiment: dict[str, Any], tmp_path: Path, train: str
+) -> None:
+    fields = {**experiment, "train": train, "losses": {"kl": 1.0, "cross_entropy": 0.1}}
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", "0"]
+    subprocess.run(
+        launch + command(write(fields, tmp_path), tmp_path / "two")[1:],
+        env=environment(ACCELERATE_USE_CPU="true"),
+        check=True,
+        capture_output=True,
+    )
+    found = json.loads((tmp_path / "two" / "results.json").read_text())
+    expected = run(fields, tmp_path / "one")
+    assert found["processes"] == 2
+    assert losses(found) == pytest.approx(losses(expected), rel=2e-5)
+    for mine, theirs in zip(found["stages"], expected["stages"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_processes_that_do_not_know_each_other_are_refused(
+    experiment: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        preparing, "Accelerator", lambda **_: type("One", (), {"num_processes": 1})()
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="2 processes were launched, but accelerate connects 1"):
+        run(experiment, tmp_path / "run")
+
+
+def test_adapters_merge_and_export(experiment: dict[str, Any], tmp_path: Path) -> None:
+    fields = {**experiment, "train": "lora", "attention": {"name": "ssmax"}, "lora_rank": 2}
+    run(fields, tmp_path / "run")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "start")
+    adapted = PeftModel.from_pretrained(start, str(tmp_path / "run" / "adapter"))
+    ids = torch.arange(1, 20).unsqueeze(0)
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+    exported = export.export_run(tmp_path / "run", tmp_path / "exported")
+    assert "softheads" in (exported / "README.md").read_text()
+    again = AutoModelForCausalLM.from_pretrained(exported)
+    assert torch.equal(again(ids).logits, merged(ids).logits)
+    assert AutoTokenizer.from_pretrained(exported).bos_token == "<s>"
+    with pytest.raises(FileExistsError):
+        export.export_run(tmp_path / "run", tmp_path / "exported")
+
+
+def test_full_fine_tuning_of_an_unpatched_model(experiment: dict[str, Any], tmp_path: Path) -> None:
+    fields = {k: v for k, v in experiment.items() if k != "head"}
+    fields |= {"train": "full", "optimizer": "orthograd", "steps": 20, "packing": "pad"}
+    results = run(fields, tmp_path / "run")
+    assert losses(results)[-1] < losses(results)[0]
+    assert [stage["name"] for stage in results["stages"]] == ["original", "trained"]
+    exported = export.export_run(tmp_path / "run", tmp_path / "exported")
+    assert AutoModelForCausalLM.from_pretrained(exported).lm_head.weight.shape == (384, 16)
+
+
+def test_a_step_that_is_not_finite_stops(experiment: dict[str, Any], tmp_path: Path) -> None:
+    fields = {
+        **experiment,
+        "lr": 1e37,
+        "warmup": 0.0,
+        "schedule": "constant",
+        "checkpoint_every": 1,
+    }
+    with pytest.raises(
+        FloatingPointError, match="nothing was updated and the last good checkpoint"
+    ) as error:
+        run(fields, tmp_path / "run")
+    assert "begins with '" in str(error.value)
+    assert checkpoints.complete(tmp_path / "run" / "checkpoints")
+
+
+def test_only_the_last_checkpoints_stay(experiment: dict[str, Any], tmp_path: Path) -> None:
+    run({**experiment, "checkpoint_every": 1, "keep": 2}, tmp_path / "run")
+    found = checkpoints.complete(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in found] == ["step_000005", "step_000006"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stpes": 3}, "did you mean 'steps'"),
+        ({"head": {"name": "vq", "code": 3}}, "did you mean 'codes'"),
+        ({"losses": {"kll": 1.0}}, "did you mean 'kl'"),
+        ({"train": "all"}, "'head', 'lora', 'full'"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"packing": "none"}, "packing"),
+        ({"window": 5000, "data": "held"}, "shorter than one window"),
+        ({"data": "empty"}, "holds no text"),
+        ({"data": "jsonl", "text_column": "body"}, "no text column 'body', its columns are"),
+        ({"split": "validation", "data": "stdlib"}, "train and heldout"),
+        ({"head": {"name": "vq", "codes": 5000}}, "5000 codes"),
+    ],
+)
+def test_wrong_experiments_are_refused(
+    experiment: dict[str, Any], folder: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    (folder / "empty.txt").write_text(" \n")
+    places = {"held": "held.txt", "empty": "empty.txt", "jsonl": "train.jsonl"}
+    if change.get("data") in places:
+        change = {**change, "data": str(folder / places[change["data"]])}
+    with pytest.raises(ValueError, match=message):
+        run({**experiment, **change}, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_missing_file_is_refused(experiment: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no/such\.txt"):
+        run({**experiment, "data": "no/such.txt"}, tmp_path / "run")
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(
+    experiment: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    other = AutoModelForCausalLM.from_pretrained(folder / "model")
+    other.resize_token_embeddings(400)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="400 tokens, the model 384"):
+        run({**experiment, "teacher": str(tmp_path / "other")}, tmp_path / "run")
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    experiment: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    small = AutoModelForCausalLM.from_pretrained(folder / "model")
+    small.resize_token_embeddings(200)
+    small.save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path / "small")
+    fields = {**experiment, "model": str(tmp_path / "small"), "head": None, "train": "full"}
+    with pytest.raises(ValueError, match="its model 200: they do not belong together"):
+        run(fields, tmp_path / "run")
+
+
+def test_a_folder_of_another_experiment_is_refused(
+    experiment: dict[str, Any], tmp_path: Path
+) -> None:
+    run(experiment, tmp_path / "run")
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    with pytest.raises(ValueError, match=r"lr: 0\.01 there, 0\.02 here"):
+        run({**experiment, "lr": 0.02}, tmp_path / "run")
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+
+
+def test_a_run_that_is_not_finished_is_not_exported(
+    experiment: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError, match="not a run of finetune"):
+        export.export_run(tmp_path, tmp_path / "exported")
+    run(experiment, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    with pytest.raises(FileNotFoundError, match="not finished yet"):
+        export.export_run(tmp_path / "run", tmp_path / "exported")
+
+
+def test_every_shipped_experiment_is_valid() -> None:
+    files = sorted((RECIPES / "experiments").glob("*.json"))
+    found = [json.loads(path.read_text()) for path in files]
+    mine = [fields for fields in found if fields.get("name") == "finetune"]
+    assert len(mine) >= 3
+    for fields in mine:
+        assert isinstance(spec_from_dict("experiment", fields), finetune.Finetune)
