@@ -65,7 +65,7 @@ def attention_table() -> str:
             inspect.getdoc(cls.init_params).rstrip(".") if own else "–",
             spec.path().partition(":")[0],
         )
-    return table.markdown().replace("||", "\\|\\|")
+    return table.markdown()
 
 
 def attention_speed_table() -> str:
@@ -89,12 +89,11 @@ def attention_speed_table() -> str:
 
 
 def _docstring(cls: type) -> tuple[str, str]:
-    """The formula (first line) and the source of a variant."""
+    """The formula (first line) and the source of a variant, for a Markdown table."""
     lines = inspect.getdoc(cls).splitlines()
     source = next((line for line in lines if line.startswith("Source: ")), "Source: –")
-    return lines[0].replace("|", "\\|"), re.split(
-        r"[.;:] |, the default|\.$", source[8:].replace("eq. ", "eq.\u00a0")
-    )[0].replace("|", "\\|")
+    ends = r"(?<!eq)[.;:] |, the default|\.$"
+    return tuple(text.replace("|", r"\|") for text in (lines[0], re.split(ends, source[8:])[0]))
 
 
 def _results(name: str) -> Any:
