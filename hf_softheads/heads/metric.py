@@ -13,6 +13,7 @@ from hf_softheads.kmeans import kmeans
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
 
+_ROWS = 8192  # rows in fp32 at once
 _DAMPING = 1e-3  # of the mean variance, added to every direction: directions never seen still cost a little
 
 
@@ -61,3 +62,30 @@ def local_moments(stats: HeadStats, weight: Tensor, clusters: int = 32) -> tuple
     moments = trust * moments + (1 - trust) * whole
     traces = moments.diagonal(dim1=1, dim2=2).sum(1)
     return labels, moments * (whole.trace() / traces)[:, None, None]
+
+
+@torch.no_grad()
+def principal_directions(
+    weight: Tensor, stats: HeadStats | None, rank: int
+) -> tuple[Tensor, Tensor]:
+    """`P (D, rank)`, `B (rank, D)`: `W P B` is the rank-r matrix of least expected squared logit error.
+
+    The error is `Σ_v λ_v E[((ŵ_v - w_v)·h)²]`, `λ` the softmax curvature; without statistics all weights are 1 and
+    the metric is plain, which is the truncated SVD of W.
+    """
+    share = torch.ones(len(weight), device=weight.device)
+    root = inverse = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
+    if stats is not None:
+        share = stats.curvature.to(weight.device)
+        root, inverse = (r.to(weight.device) for r in metric_root(stats))
+    moment = root.T @ weighted_moment(weight, share).double() @ root
+    vectors = torch.linalg.eigh(moment)[1].flip(1)[:, :rank]
+    return (root @ vectors).float(), (vectors.T @ inverse).float()
+
+
+def weighted_moment(weight: Tensor, share: Tensor) -> Tensor:
+    """`Σ_v share_v w_v w_vᵀ / Σ share`, `(D, D)` fp32, a block of rows at a time."""
+    total = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+    for part, s in zip(weight.split(_ROWS), share.split(_ROWS), strict=True):
+        total += (part.float() * s[:, None]).T @ part.float()
+    return total / share.sum()

@@ -63,25 +63,36 @@ class Quantized(HeadSpec, name="quantized"):
         self, head: QuantizedHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
     ) -> None:
         require_finite(weight, "output rows")
-        vocab, dim = weight.shape
-        group = self.group or dim
-        labels = torch.zeros(vocab, dtype=torch.long, device=weight.device)
-        moments = torch.eye(dim, dtype=torch.float64, device=weight.device).unsqueeze(0)
-        last = torch.full((dim,), 2.0**self.bits - 1, device=weight.device)
-        if stats is not None:
-            labels, moments = local_moments(stats, weight)
-        for cluster, moment in enumerate(moments):
-            for mine in (labels == cluster).nonzero().flatten().split(_ROWS):
-                rows = weight[mine].float()
-                scale = _group_scales(rows, moment.diagonal().float(), self.bits, group)
-                step = scale.repeat_interleave(group, 1)
-                order = moment.diagonal().argsort(descending=True)
-                codes = round_with_feedback(rows, step, step * (-last[0] / 2), last, moment, order)
-                head.weight[mine] = scale
-                for packed, new in zip(head.packed(), pack_bits(codes, self.bits), strict=True):
-                    packed[mine] = new
+        metrics = None if stats is None else local_moments(stats, weight)
+        head.store(*quantize_rows(weight, self.bits, self.group or head.in_features, metrics))
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias)
+
+
+def quantize_rows(
+    weight: Tensor, bits: int, group: int, metrics: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Scales `(V, D / group)` and codes `(V, D)` of `weight (V, D)`; `metrics` as `local_moments` gives them."""
+    vocab, dim = weight.shape
+    device = weight.device
+    if metrics is None:
+        labels = torch.zeros(vocab, dtype=torch.long, device=device)
+        moments = torch.eye(dim, dtype=torch.float64, device=device).unsqueeze(0)
+    else:
+        labels, moments = metrics
+    last = torch.full((dim,), 2.0**bits - 1, device=device)
+    scales = torch.empty(vocab, dim // group, device=device)
+    codes = torch.empty(vocab, dim, dtype=torch.uint8, device=device)
+    for cluster, moment in enumerate(moments):
+        order = moment.diagonal().argsort(descending=True)
+        for mine in (labels == cluster).nonzero().flatten().split(_ROWS):
+            rows = weight[mine].float()
+            scales[mine] = _group_scales(rows, moment.diagonal().float(), bits, group)
+            step = scales[mine].repeat_interleave(group, 1)
+            codes[mine] = round_with_feedback(
+                rows, step, step * (-last[0] / 2), last, moment, order
+            )
+    return scales, codes
 
 
 def _group_scales(weight: Tensor, importance: Tensor, bits: int, group: int) -> Tensor:
@@ -115,6 +126,12 @@ class QuantizedHead(RowsHead):
 
     def packed(self) -> list[Tensor]:
         return [getattr(self, f"codes{width}") for width in PARTS[self.bits]]
+
+    def store(self, scales: Tensor, codes: Tensor) -> None:
+        """Take over what `quantize_rows` found."""
+        self.weight.copy_(scales)
+        for packed, new in zip(self.packed(), pack_bits(codes, self.bits), strict=True):
+            packed.copy_(new)
 
     def rows(self, start: int, stop: int) -> Tensor:
         codes = unpack_bits([p[start:stop] for p in self.packed()], self.bits, self.in_features)

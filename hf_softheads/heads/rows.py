@@ -109,8 +109,9 @@ class RowsHead(Head):
         shape = hidden.shape[:-1]
         totals, picks = [], []
         tokens = max(1, base._CHUNK_ELEMENTS // min(_BLOCK, self.out_features))
-        flat = self.prepare(hidden.reshape(-1, hidden.shape[-1]))
-        for x, y in zip(flat.split(tokens), place.reshape(-1).split(tokens), strict=True):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        for h, y in zip(flat.split(tokens), place.reshape(-1).split(tokens), strict=True):
+            x = self.prepare(h)
             total = torch.full(y.shape, -torch.inf, device=x.device)
             picked = torch.zeros_like(total)
             for start, stop in self.blocks():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.metric import local_moments, metric_root
+from hf_softheads.heads.metric import local_moments, metric_root, weighted_moment
 from hf_softheads.heads.packing import PARTS, pack, unpack
 from hf_softheads.heads.rounding import nearest_code, round_with_feedback
 from hf_softheads.heads.rows import RowsHead
@@ -90,7 +90,7 @@ class TransformCoded(HeadSpec, name="transform_coded"):
             labels, moments = local_moments(stats, weight)
         share = importance / importance.sum()
         center = (share @ weight.float()).bfloat16().float()  # what the softmax does not see
-        moment = root.T @ _moment(weight, center, share).double() @ root
+        moment = root.T @ weighted_moment(weight.float() - center, share).double() @ root
         vectors = torch.linalg.eigh(moment)[1].flip(1)[:, : self.rank or dim]
         basis = vectors.T @ inverse
         scale = basis.abs().amax(1).div(127).bfloat16().double()
@@ -135,15 +135,6 @@ def _gain_code(gain: Tensor) -> Tensor:
 
 def _gain_value(code: Tensor) -> Tensor:
     return torch.exp2((code.float() - 128) / 12)
-
-
-def _moment(weight: Tensor, center: Tensor, share: Tensor) -> Tensor:
-    """`Σ share (w - center)(w - center)ᵀ`, `(D, D)`, a block of rows at a time."""
-    total = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
-    for part, s in zip(weight.split(_BLOCK), share.split(_BLOCK), strict=True):
-        part = part.float() - center
-        total += (part * s[:, None]).T @ part
-    return total
 
 
 def _water_fill(energy: Tensor, sizes: list[int], budget: int) -> Tensor:

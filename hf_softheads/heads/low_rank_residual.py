@@ -1,0 +1,90 @@
+"""A low-rank part for what all rows share, few-bit codes for the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.metric import local_moments, principal_directions
+from hf_softheads.heads.quantized import Quantized, QuantizedHead, quantize_rows
+from hf_softheads.kmeans import require_finite
+
+if TYPE_CHECKING:
+    from hf_softheads.stats import HeadStats
+
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class LowRankResidual(HeadSpec, name="low_rank_residual"):
+    """`row_v = up_v down + s_vg (q_v - (2**bits - 1) / 2)`: `low_rank` plus `quantized`, fitted in turns.
+
+    Each turn takes the best low-rank matrix for what the codes miss and the best codes for what that misses, both
+    in the metric of the hidden states (the structure of ARCHead, arXiv 2608.02703, and LQ-LoRA, arXiv 2311.12023).
+
+    Attributes:
+        rank: of the low-rank part; 16 · rank / D bits per weight.
+        bits, group: of the codes, as in `quantized`.
+    """
+
+    rank: int = 8
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    group: int | None = None
+
+    @classmethod
+    def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
+        return [cls(max(1, dim // 16), bits) for bits in (2, 3, 4, 5)]
+
+    def check(self, dim: int, vocab: int) -> None:
+        if not 1 <= self.rank <= min(dim, vocab):
+            raise ValueError(
+                f"low_rank_residual asked for rank {self.rank}; 1 to {min(dim, vocab)} are possible"
+            )
+        Quantized(self.bits, self.group).check(dim, vocab)
+
+    def module(self, dim: int, vocab: int, *, bias: bool = False) -> LowRankResidualHead:
+        return LowRankResidualHead(dim, vocab, self.rank, self.bits, self.group or dim, bias=bias)
+
+    @torch.no_grad()
+    def fit(
+        self,
+        head: LowRankResidualHead,
+        weight: Tensor,
+        bias: Tensor | None,
+        stats: HeadStats | None,
+    ) -> None:
+        require_finite(weight, "output rows")
+        metrics = None if stats is None else local_moments(stats, weight)
+        missed = weight.float()
+        for _ in range(_ROUNDS):
+            project, down = principal_directions(missed, stats, self.rank)
+            head.up.copy_((missed @ project).bfloat16())
+            head.down.copy_(down.bfloat16())
+            rest = weight.float() - head.up @ head.down
+            head.store(*quantize_rows(rest, self.bits, head.group, metrics))
+            missed = weight.float() - head.codes_only(0, len(weight))
+        if head.bias is not None and bias is not None:
+            head.bias.copy_(bias)
+
+
+class LowRankResidualHead(QuantizedHead):
+    """`weight` holds the scales; it, `up (V, rank)` and `down (rank, D)` train."""
+
+    def __init__(self, dim: int, vocab: int, rank: int, bits: int, group: int, *, bias: bool):
+        super().__init__(dim, vocab, bits, group, bias=bias)
+        self.up = nn.Parameter(torch.empty(vocab, rank))
+        self.down = nn.Parameter(torch.empty(rank, dim))
+
+    def codes_only(self, start: int, stop: int) -> Tensor:
+        return super().rows(start, stop)
+
+    def prepare(self, hidden: Tensor) -> Tensor:
+        return torch.cat([hidden, F.linear(hidden, self.down)], -1)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return torch.cat([super().rows(start, stop), self.up[start:stop]], -1)

@@ -1,0 +1,79 @@
+"""Low rank, low rank plus codes, and residual quantization against simpler definitions."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from hf_softheads.heads import LowRank, LowRankResidual, Quantized, ResidualVQ
+from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.residual_vq import _beam_search, _sum
+from tests.heads.conftest import Toy
+
+
+def kl(spec: HeadSpec, toy: Toy, *, stats: bool = True) -> float:
+    head = spec.module(*toy.shape)
+    spec.fit(head, toy.weight, None, toy.stats if stats else None)
+    with torch.no_grad():
+        dense = (toy.hidden @ toy.weight.T).log_softmax(-1)
+        mine = head(toy.hidden).log_softmax(-1)
+    return float((dense.exp() * (dense - mine)).sum(-1).mean())
+
+
+def test_low_rank_without_statistics_is_the_truncated_svd(toy: Toy) -> None:
+    head = LowRank(rank=5).module(16, 256)
+    LowRank(rank=5).fit(head, toy.weight, None, None)
+    u, s, v = torch.linalg.svd(toy.weight, full_matrices=False)
+    expected = (u[:, :5] * s[:5]) @ v[:5]
+    torch.testing.assert_close(head.weight @ head.down, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_low_rank_minimises_the_weighted_logit_error(toy: Toy) -> None:
+    root = toy.stats.curvature.sqrt()[:, None]
+
+    def error(stats: bool) -> float:
+        head = LowRank(rank=6).module(16, 256)
+        LowRank(rank=6).fit(head, toy.weight, None, toy.stats if stats else None)
+        delta = (head.weight @ head.down - toy.weight) * root
+        return float(((delta @ toy.stats.second_moment.float()) * delta).sum().detach())
+
+    assert error(True) < 0.9 * error(False)
+    assert kl(LowRank(rank=6), toy) < kl(LowRank(rank=6), toy, stats=False)
+
+
+def test_both_parts_beat_either(toy: Toy) -> None:
+    both = kl(LowRankResidual(rank=3, bits=2), toy)
+    assert both < 0.7 * kl(Quantized(bits=2), toy)
+    assert both < 0.7 * kl(LowRank(rank=3), toy)
+
+
+def test_beam_search_finds_the_best_sum_when_wide_enough() -> None:
+    generator = torch.Generator().manual_seed(0)
+    books = torch.randn(3, 4, 5, generator=generator)
+    points = torch.randn(20, 5, generator=generator)
+    every = torch.tensor(list(itertools.product(range(4), repeat=3)))
+    best = every[torch.cdist(points, _sum(books, every)).argmin(1)]
+    assert torch.equal(_beam_search(points, books, beam=64), best)
+    greedy = (points - _sum(books, _beam_search(points, books, beam=1))).square().sum()
+    wide = (points - _sum(books, _beam_search(points, books, beam=4))).square().sum()
+    assert wide < greedy
+
+
+def test_scores_equal_those_of_the_rebuilt_rows(toy: Toy) -> None:
+    spec = ResidualVQ(stages=3, codes=16)
+    head = spec.module(16, 256)
+    spec.fit(head, toy.weight, None, toy.stats)
+    expected = toy.hidden @ head.rows(0, 256).T
+    torch.testing.assert_close(head(toy.hidden), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [LowRank(rank=0), LowRank(rank=17), LowRankResidual(rank=0), LowRankResidual(group=5)]
+    + [ResidualVQ(stages=0), ResidualVQ(codes=1), ResidualVQ(codes=500), ResidualVQ(beam=0)],
+)
+def test_refuses_impossible_fields(spec: HeadSpec) -> None:
+    with pytest.raises(ValueError, match="asked for"):
+        spec.check(16, 256)
