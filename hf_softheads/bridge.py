@@ -347,6 +347,9 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform | None:
         ) from error
     finally:
         model.training = training
+        for module in model.modules():
+            if hasattr(module, "reshard"):  # FSDP2
+                module.reshard()  # else an optimizer made now would hold the gathered parameters
         for module, forward in forwards.items():
             if forward is None:
                 del module.forward

@@ -164,10 +164,10 @@ class Objective:
         if scale is None:
             each = self._per_token(forward, x, labels, teacher_hidden)
             spread = widened(hidden.new_zeros(kept.shape)).masked_scatter(kept, each)
-            self._out = F.pad(spread, (0, 1)).unsqueeze(-1)
+            self._out = F.pad(spread.unsqueeze(-1), (0, 0, 0, 1))
         else:
             total = self._total(forward, x, labels, scale, teacher_hidden)
-            self._out = total.expand(*hidden.shape[:2]).unsqueeze(-1)
+            self._out = total.repeat(*hidden.shape[:2], 1)  # no view: FSDP2 would lose its hook on one
         return self._out
 
     def _total(

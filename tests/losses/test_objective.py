@@ -25,8 +25,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+import hf_softheads as sh
 import hf_softheads.losses as L
-from hf_softheads.heads import Dense
+from hf_softheads.heads import VQ, Dense
 from hf_softheads.heads.base import Head, LogitTransform
 from hf_softheads.losses.base import LossSpec
 from hf_softheads.objective import Objective, trainer_loss
@@ -494,6 +495,32 @@ def test_trainer_hook_changes_training_only() -> None:
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(gradients(model), wanted)
     assert model.eval()(**inputs).logits.shape == (3, 13, V)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2_soft_cap", "granite_scaled"])
+@pytest.mark.parametrize("mix", ["cross_entropy", "summary", "distilled"])
+def test_a_structured_head(family: str, mix: str) -> None:
+    """In code space where that is exact, from whole logits under a soft cap."""
+    model, inputs, losses = build(family, torch.float32), batch(), MIXES[mix]
+    sh.patch(model, head=VQ(codes=20))
+    teacher = teacher_for(losses)
+    teacher = None if teacher is None else teacher.float()
+    expected = eager(model, losses, inputs, teacher).mean()
+    expected.backward()
+    wanted = gradients(model)
+    value = Objective(model, losses, teacher, chunk=5 * V)(**inputs)
+    value.backward()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradients(model), wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_code_space_never_sees_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = build("llama", torch.float32), batch()
+    sh.patch(model, head=VQ(codes=20))
+    goal = Objective(model, {"cross_entropy": 1.0, "z_loss": 0.1})
+    goal(**inputs)
+    monkeypatch.setattr(type(model.lm_head), "scores", None)
+    goal(**inputs).backward()
 
 
 class Renamed(LlamaForCausalLM):

@@ -89,9 +89,7 @@ def test_head_repair_end_to_end(experiment: dict[str, Any], tmp_path: Path) -> N
     )
 
 
-def test_accumulation_changes_nothing(
-    experiment: dict[str, Any], tmp_path: Path
-) -> None:
+def test_accumulation_changes_nothing(experiment: dict[str, Any], tmp_path: Path) -> None:
     whole = run(experiment, tmp_path / "whole")
     pieces = run({**experiment, "micro_batch": 1}, tmp_path / "pieces")
     assert losses(pieces) == pytest.approx(losses(whole), rel=1e-5)

@@ -1,0 +1,96 @@
+"""Two gloo processes: the Objective on a model sharded by `fully_shard`, and under DDP, gives the loss of one."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import hf_softheads as sh
+from hf_softheads.heads import VQ
+from tests.conftest import VOCAB, make_model
+
+WORLD = 2
+LOSSES = {"cross_entropy": 1.0, "entmax15": 0.1}
+ROWS = torch.randint(3, VOCAB, (4, 14), generator=torch.Generator().manual_seed(0))
+
+
+def model_for(case: str) -> Any:
+    model = make_model("llama", tie_word_embeddings=False).train()
+    if case.endswith("vq"):
+        sh.patch(model, head=VQ(codes=40))
+    return model
+
+
+def shard(model: Any, case: str) -> Any:
+    if case.startswith("ddp"):
+        return DistributedDataParallel(model)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    if "head" in case:
+        fully_shard(model.lm_head)
+    fully_shard(model)
+    return model
+
+
+def train(model: Any, rows: torch.Tensor, count: int, factor: int) -> list[float]:
+    goal = sh.Objective(model, LOSSES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    curve = []
+    for _ in range(3):
+        loss = goal(input_ids=rows, labels=rows, num_items_in_batch=count)
+        (loss * factor).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(float(loss.detach()))
+    return curve
+
+
+def worker(rank: int, port: int, cases: list[str], folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    for case in cases:
+        model = shard(model_for(case), case)
+        mine = ROWS.chunk(WORLD)[rank]
+        curve = torch.tensor(train(model, mine, ROWS[:, 1:].numel(), WORLD))
+        dist.all_reduce(curve)
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        if rank == 0:
+            torch.save((curve.tolist(), state), Path(folder) / f"{case}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, args=(port, CASES, str(folder)), nprocs=WORLD)
+    return folder
+
+
+CASES = ["fsdp2_head_apart", "fsdp2_whole", "fsdp2_head_vq", "ddp", "ddp_vq"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(case: str, outcomes: Path) -> None:
+    curve, state = torch.load(outcomes / f"{case}.pt", weights_only=True)
+    model = model_for(case)
+    expected = train(model, ROWS, ROWS[:, 1:].numel(), 1)
+    assert curve == pytest.approx(expected, rel=1e-5)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(
+            state[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
