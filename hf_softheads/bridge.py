@@ -20,7 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hf_softheads.attention.base import AttentionVariant, Geometry, Inputs, run
-from hf_softheads.attention.blocked import Observer
+from hf_softheads.attention.blocked import AttentionMap, Observer
 from hf_softheads.attention.learned_sink import LearnedSink
 from hf_softheads.attention.softmax import Softmax
 from hf_softheads.heads.base import Head, LogitTransform
@@ -46,7 +46,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in every attention layer: query `(B,H,Q,D)` to `(B,Q,H,Dv)`.
 
-    A layer without a variant computes ordinary softmax attention, with the layer's soft cap and sinks.
+    A layer without a variant computes ordinary softmax attention, with the layer's soft cap and sinks. The second value
+    is the attention map where `output_attentions` asks for it.
 
     Raises:
         NotImplementedError: the layer has sinks and its variant has none.
@@ -78,6 +79,10 @@ def attention_forward(
         dropout=dropout if module.training else 0.0,
         observe=getattr(module, _OBSERVER, None),
     )
+    shown = None
+    if _wants_weights(module, kwargs):
+        shown = AttentionMap()
+        inputs = inputs.but(observe=shown)
     if variant is None:
         out = (
             run(Softmax(), {}, inputs)
@@ -89,7 +94,14 @@ def attention_forward(
         if probe is not None:
             probe.append({name for name, given in kwargs.items() if given is not None})
         out = variant(inputs)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous(), None if shown is None else shown.whole
+
+
+def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get("output_attentions")
+    if asked is None:
+        asked = getattr(getattr(module, "config", None), "output_attentions", False)
+    return bool(asked)
 
 
 def visible(

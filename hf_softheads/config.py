@@ -84,6 +84,10 @@ class SoftheadsConfig(QuantizationConfigMixin):
             "inner": self.inner,
         }
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """transformers reads the plan of a live config, given to `from_pretrained`, as if it were its dictionary."""
+        return self.to_dict().get(key, default)
+
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
 

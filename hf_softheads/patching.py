@@ -307,7 +307,8 @@ def _probe(model: PreTrainedModel, variants: dict[int, AttentionVariant]) -> Non
         variant.__dict__["probe"] = calls[index]
     try:
         model.eval()
-        model(input_ids=torch.arange(1, 5, device=model.device).unsqueeze(0), use_cache=False)
+        tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)  # 0 is in any vocabulary
+        model(input_ids=tokens, use_cache=False)
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -87,7 +87,22 @@ Observer = Callable[["Inputs", Block, Tensor, Tensor], None]
 """Gets the call's inputs, a block, its weights `(B, H, Q, K)` and its mask, bool, broadcastable to them."""
 
 
-@torch.no_grad()
+class AttentionMap:
+    """An observer that puts the blocks together: `(B, H, Q, K)`, for callers who ask for the map itself."""
+
+    def __init__(self) -> None:
+        self.whole: Tensor | None = None
+
+    def __call__(self, inputs: Inputs, block: Block, weights: Tensor, keep: Tensor) -> None:
+        shape = (*inputs.query.shape[:3], inputs.key.shape[2])
+        if weights.shape == shape:
+            self.whole = weights  # the very tensor, so that gradients reach it
+            return
+        if self.whole is None:
+            self.whole = weights.new_zeros(shape)
+        self.whole[block.batch, :, block.rows, block.columns] = weights.detach()
+
+
 def _observed(spec: AttentionSpec, inputs: Inputs, params: Params) -> Tensor:
     query, value = inputs.query, inputs.value
     out = query.new_empty(*query.shape[:3], value.shape[-1])

@@ -314,3 +314,25 @@ def test_training_free_variants_do_not_hurt(spec: AttentionSpec) -> None:
         sh.patch(model, attention=spec, layers=[1, 2, 3] if spec == sa.TopK(k=64) else None)
         after = float(model(tokens, labels=tokens).loss)
     assert math.expm1(after - before) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    "spec", [sa.Softpick(), sa.SSMax(bias=True), sa.Mixed(start=0.5)], ids=label
+)
+def test_attention_maps_on_request(spec: AttentionSpec, tokens: Tensor) -> None:
+    """`output_attentions=True` gives the weights that the output is made of, in the patched and in the other layers."""
+    model = sh.patch(make_model("llama"), attention=spec, layers=[1])
+    want = model(tokens).logits
+    out = model(tokens, output_attentions=True)
+    close(out.logits, want, 1e-5)
+    assert [a.shape for a in out.attentions] == [(2, 4, 12, 12)] * 2
+    future = torch.ones(12, 12, dtype=torch.bool).triu(1)
+    for weights in out.attentions:
+        assert (weights[..., future] == 0).all()
+    assert (out.attentions[0].sum(-1) - 1).abs().max() < 1e-5
+    rows = torch.arange(100).remainder(90)[None] + 3
+    model = make_model("llama", max_position_embeddings=128)
+    model.set_attn_implementation("eager")
+    maps = model(rows, output_attentions=True).attentions
+    sh.patch(model, attention=sa.Softmax())
+    close(model(rows, output_attentions=True).attentions[1], maps[1], 1e-5)
