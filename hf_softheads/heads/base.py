@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class Head(nn.Module):
     """
 
     weight: nn.Parameter
-    keep_in_fp32: ClassVar[tuple[str, ...]] = ()  # parameters that half precision would spoil
+    keep_in_fp32: tuple[str, ...] = ()  # parameters that half precision would spoil
 
     def __init__(self, dim: int, vocab: int):
         super().__init__()
@@ -105,6 +105,10 @@ class Head(nn.Module):
     def scores(self, hidden: Tensor) -> Tensor:
         """Raw scores `(…, V)`, before the family's transform."""
         raise NotImplementedError
+
+    def score(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Raw scores of some tokens only, fp32: `hidden (…, D)`, `tokens (…, M)` → `(…, M)`."""
+        return self.scores(hidden).float().gather(-1, tokens)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.targets is None or self.targets.shape != hidden.shape[:-1]:

@@ -71,8 +71,8 @@ class LowRankHead(RowsHead):
     def prepare(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.down)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.weight[start:stop]
+    def rows(self, which: slice | Tensor) -> Tensor:
+        return self.weight[which]
 
     @property
     def flops(self) -> int:

@@ -67,7 +67,7 @@ class LowRankResidual(HeadSpec, name="low_rank_residual"):
             head.down.copy_(down.bfloat16())
             rest = weight.float() - head.up @ head.down
             head.store(*quantize_rows(rest, self.bits, head.group, metrics))
-            missed = weight.float() - head.codes_only(0, len(weight))
+            missed = weight.float() - head.codes_only(slice(None))
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias)
 
@@ -80,11 +80,11 @@ class LowRankResidualHead(QuantizedHead):
         self.up = nn.Parameter(torch.empty(vocab, rank))
         self.down = nn.Parameter(torch.empty(rank, dim))
 
-    def codes_only(self, start: int, stop: int) -> Tensor:
-        return super().rows(start, stop)
+    def codes_only(self, which: slice | Tensor) -> Tensor:
+        return super().rows(which)
 
     def prepare(self, hidden: Tensor) -> Tensor:
         return torch.cat([hidden, F.linear(hidden, self.down)], -1)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        return torch.cat([super().rows(start, stop), self.up[start:stop]], -1)
+    def rows(self, which: slice | Tensor) -> Tensor:
+        return torch.cat([super().rows(which), self.up[which]], -1)

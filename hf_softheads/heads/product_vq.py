@@ -137,9 +137,9 @@ class ProductVQHead(RowsHead):
     def prepare(self, hidden: Tensor) -> Tensor:
         return hidden if self.basis is None else F.linear(hidden, self.basis)
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def rows(self, which: slice | Tensor) -> Tensor:
         groups, codes, width = self.weight.shape
-        parts = [p[start:stop] for p in self.packed()]
+        parts = [p[which] for p in self.packed()]
         index = unpack_bits(parts, self.bits, groups).int()
         index = index + torch.arange(groups, dtype=torch.int32, device=index.device) * codes
         return F.embedding(index, self.weight.view(groups * codes, width)).flatten(1)

@@ -133,9 +133,9 @@ class QuantizedHead(RowsHead):
         for packed, new in zip(self.packed(), pack_bits(codes, self.bits), strict=True):
             packed.copy_(new)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        codes = unpack_bits([p[start:stop] for p in self.packed()], self.bits, self.in_features)
-        scale = self.weight[start:stop]
+    def rows(self, which: slice | Tensor) -> Tensor:
+        codes = unpack_bits([p[which] for p in self.packed()], self.bits, self.in_features)
+        scale = self.weight[which]
         centred = codes.to(scale.dtype) - (2**self.bits - 1) / 2
         rows: Tensor = centred.view(len(scale), -1, self.group) * scale.unsqueeze(-1)
         return rows.flatten(1)

@@ -136,8 +136,8 @@ class ResidualVQHead(RowsHead):
     def scores(self, hidden: Tensor) -> Tensor:
         return self._block(self.prepare(hidden), 0, self.out_features)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        codes = self.codes[start:stop].long()
+    def rows(self, which: slice | Tensor) -> Tensor:
+        codes = self.codes[which].long()
         return torch.stack([book[codes[:, s]] for s, book in enumerate(self.weight)]).sum(0)
 
     def _block(self, x: Tensor, start: int, stop: int) -> Tensor:

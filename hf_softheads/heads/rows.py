@@ -31,9 +31,16 @@ class RowsHead(Head):
         """Token of each row, `(V,)` int64; None where that is the row's own number."""
         return None
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows `start … stop - 1`, `(stop - start, K)`; differentiable in the parameters."""
+    def rows(self, which: slice | Tensor) -> Tensor:
+        """Some rows, `(n, K)`; differentiable in the parameters."""
         raise NotImplementedError
+
+    def score(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        places = self.places()
+        where = tokens if places is None else places[tokens].long()
+        rows = self.rows(where.flatten()).view(*where.shape, -1)
+        scores = (rows.float() @ self.prepare(hidden).float().unsqueeze(-1)).squeeze(-1)
+        return scores if self.bias is None else scores + self.bias[where]
 
     def prepare(self, hidden: Tensor) -> Tensor:
         """Hidden states `(…, D)` in the coordinates of the rows, `(…, K)`."""
@@ -93,7 +100,7 @@ class RowsHead(Head):
             yield start, min(start + _BLOCK, self.out_features)
 
     def _block(self, x: Tensor, start: int, stop: int) -> Tensor:
-        scores = F.linear(x, self.rows(start, stop).to(x.dtype)).float()
+        scores = F.linear(x, self.rows(slice(start, stop)).to(x.dtype)).float()
         return scores if self.bias is None else scores + self.bias[start:stop]
 
     def _stream(self, hidden: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:

@@ -266,7 +266,9 @@ class TransformCodedHead(RowsHead):
         basis = self.basis.to(hidden.dtype) * self.weight[:, None]
         return torch.cat([F.linear(hidden, basis), shift], -1)
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def rows(self, which: slice | Tensor) -> Tensor:
+        assert isinstance(which, slice)  # `blocks` never crosses a tier
+        start, stop = which.start, which.stop
         tier = next(t for t, (first, last) in enumerate(self.ranges) if first <= start < last)
         first, last = self.ranges[tier][0], stop
         codes = torch.zeros(len(self.weight), stop - start, device=self.codes.device)

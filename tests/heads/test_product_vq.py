@@ -21,7 +21,7 @@ def test_scores_are_sums_of_table_entries(rotate: bool, codes: int, toy: Toy) ->
     bits = codes.bit_length() - 1
     packed = torch.cat([p.long() for p in head.packed()], 1)
     assert packed.shape[1] == -(-4 * bits // 8)
-    rows = head.rows(0, 256)
+    rows = head.rows(slice(None))
     index = torch.stack(
         [torch.cdist(rows.view(256, 4, 4)[:, g], head.weight[g]).argmin(1) for g in range(4)], 1
     )

@@ -65,14 +65,22 @@ def test_scores_equal_those_of_the_rebuilt_rows(toy: Toy) -> None:
     spec = ResidualVQ(stages=3, codes=16)
     head = spec.module(16, 256)
     spec.fit(head, toy.weight, None, toy.stats)
-    expected = toy.hidden @ head.rows(0, 256).T
+    expected = toy.hidden @ head.rows(slice(None)).T
     torch.testing.assert_close(head(toy.hidden), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
     "spec",
-    [LowRank(rank=0), LowRank(rank=17), LowRankResidual(rank=0), LowRankResidual(group=5)]
-    + [ResidualVQ(stages=0), ResidualVQ(codes=1), ResidualVQ(codes=500), ResidualVQ(beam=0)],
+    [
+        LowRank(rank=0),
+        LowRank(rank=17),
+        LowRankResidual(rank=0),
+        LowRankResidual(group=5),
+        ResidualVQ(stages=0),
+        ResidualVQ(codes=1),
+        ResidualVQ(codes=500),
+        ResidualVQ(beam=0),
+    ],
 )
 def test_refuses_impossible_fields(spec: HeadSpec) -> None:
     with pytest.raises(ValueError, match="asked for"):

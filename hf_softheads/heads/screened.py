@@ -1,0 +1,171 @@
+"""A cheap preview of all logits, exact ones for the tokens that matter, a calibrated sum over the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.heads.dense import Dense
+
+if TYPE_CHECKING:
+    from hf_softheads.stats import HeadStats
+
+_EXACT = ("dense", "quantized", "low_rank", "low_rank_residual", "product_vq", "residual_vq")
+_STATES = 2048  # hidden states that calibrate the tail
+_NEWTON = 12
+
+
+@dataclass(frozen=True)
+class Screened(HeadSpec, name="screened"):
+    """`screen` scores all tokens cheaply, `inner` scores its `candidates` best exactly; the rest keeps its preview.
+
+    `z_v = inner_v(h)` for a candidate, `screen_v(h) + weight` for any other token: every token has a probability, and
+    `weight`, one number, makes the mean of `log Σ exp z` that of the dense head on sampled hidden states. This is
+    SVD-softmax (Shim et al. 2017) with any compact head as its preview and a calibrated normaliser. Products with
+    candidate rows are accumulated in fp32, so the greedy token is nearer to the fp32 model's than that of a bf16
+    matrix product. Any batch size; sampling and log-probabilities are those of the mixed logits.
+
+    Attributes:
+        screen: any head but another screened one: `transform_coded` reads least, `residual_vq` is fastest.
+        candidates: tokens scored exactly for each hidden state.
+        inner: stores the exact rows: `dense`, `quantized`, `low_rank`, `low_rank_residual`, `product_vq` or
+            `residual_vq`.
+    """
+
+    screen: HeadSpec
+    candidates: int
+    inner: HeadSpec = field(default_factory=Dense)
+
+    @classmethod
+    def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
+        from hf_softheads.heads.low_rank import LowRank
+
+        return [cls(LowRank(max(1, dim // part)), max(1, vocab // 64)) for part in (8, 4, 2)]
+
+    @classmethod
+    def lossless(cls, dim: int, vocab: int) -> HeadSpec:
+        from hf_softheads.heads.low_rank import LowRank
+
+        return cls(LowRank(1), vocab)
+
+    def check(self, dim: int, vocab: int) -> None:
+        if not 1 <= self.candidates <= vocab:
+            raise ValueError(
+                f"screened asked for {self.candidates} candidates; 1 to {vocab} are possible"
+            )
+        if self.inner.name not in _EXACT:
+            raise ValueError(
+                f"screened cannot read single rows of a {self.inner.name} head; its inner head can be "
+                f"{', '.join(_EXACT)}"
+            )
+        if self.screen.name == self.name:
+            raise ValueError("the screen of a screened head cannot be screened itself")
+        self.screen.check(dim, vocab)
+        self.inner.check(dim, vocab)
+
+    def module(self, dim: int, vocab: int, *, bias: bool = False) -> ScreenedHead:
+        screen = self.screen.module(dim, vocab, bias=bias)
+        inner = self.inner.module(dim, vocab, bias=bias)
+        return ScreenedHead(dim, vocab, self.candidates, screen, inner)
+
+    @torch.no_grad()
+    def fit(
+        self, head: ScreenedHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
+    ) -> None:
+        self.inner.fit(head.inner, weight, bias, stats)
+        self.screen.fit(head.screen, weight, bias, stats)
+        head.weight.zero_()
+        if stats is not None:
+            head.calibrate(stats.states[:_STATES].to(weight.device), weight, bias)
+
+
+class ScreenedHead(Head):
+    """`weight (1,)` is added to the previews of the tail; it trains, and what `screen` and `inner` train."""
+
+    def __init__(self, dim: int, vocab: int, candidates: int, screen: Head, inner: Head):
+        super().__init__(dim, vocab)
+        self.candidates = candidates
+        self.weight = nn.Parameter(torch.empty(1))
+        self.screen, self.inner = screen, inner
+        self.keep_in_fp32 = (
+            "weight",
+            *(f"screen.{name}" for name in screen.keep_in_fp32),
+            *(f"inner.{name}" for name in inner.keep_in_fp32),
+        )
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        return self._in_chunks(self._mixed, hidden, width=self._width)
+
+    def log_prob(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        transform = self._known_transform()
+
+        def chunk(h: Tensor, y: Tensor) -> Tensor:
+            z = transform(self._mixed(h))
+            return z.gather(-1, y.unsqueeze(-1)).squeeze(-1) - z.logsumexp(-1)
+
+        return self._in_chunks(chunk, hidden, labels, width=self._width)
+
+    def _mixed(self, hidden: Tensor) -> Tensor:
+        previews = self.screen.scores(hidden).float()
+        tokens = previews.detach().topk(self.candidates, -1).indices
+        return (previews + self.weight).scatter(-1, tokens, self.inner.score(hidden, tokens))
+
+    @torch.no_grad()
+    def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        transform = self._known_transform()
+        count = min(self.candidates + k, self.out_features)
+
+        def chunk(h: Tensor) -> Tensor:
+            values, tokens = self.screen.scores(h).float().topk(count, -1)
+            exact = self.inner.score(h, tokens[..., : self.candidates])
+            rest = values[..., self.candidates :] + self.weight
+            best, place = transform(torch.cat([exact, rest], -1)).topk(k, -1)
+            return torch.cat([best.double(), tokens.gather(-1, place).double()], -1)
+
+        both = self._in_chunks(chunk, hidden, width=self._width)
+        return both[..., :k].float(), both[..., k:].long()
+
+    @property
+    def _width(self) -> int:
+        return self.out_features + 2 * self.candidates * self.in_features
+
+    @torch.no_grad()
+    def calibrate(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Set `weight` so that the mean of `log Σ exp` on these hidden states is that of the dense head."""
+        transform = self.transform or (lambda z: z)
+        true, exact, rest = [], [], []
+        for h in states.split(max(1, 2**24 // self._width)):
+            true.append(transform(F.linear(h, weight.float(), bias)).logsumexp(-1))
+            previews = self.screen.scores(h).float()
+            tokens = previews.topk(self.candidates, -1).indices
+            exact.append(transform(self.inner.score(h, tokens)).logsumexp(-1))
+            tail = transform(previews).scatter(-1, tokens, -torch.inf)
+            rest.append(tail.logsumexp(-1))
+        wanted, known, tail = torch.cat(true).mean(), torch.cat(exact), torch.cat(rest)
+        if not bool(tail.isfinite().any()):
+            return  # every token is a candidate
+        shift = torch.zeros((), device=tail.device)
+        for _ in range(
+            _NEWTON
+        ):  # the mean of log(e^known + e^(tail + shift)) is smooth and rises with shift
+            found = torch.logaddexp(known, tail + shift)
+            slope = (tail + shift - found).exp().mean().clamp_min(1e-3)
+            shift = shift + ((wanted - found.mean()) / slope).clamp(-2, 2)
+        self.weight.fill_(float(shift))
+
+    @property
+    def bytes_read(self) -> int:
+        return self.screen.bytes_read + self.inner.nbytes * self.candidates // self.out_features
+
+    @property
+    def flops(self) -> int:
+        return self.screen.flops + 2 * self.candidates * self.in_features
+
+    def notes(self) -> list[str]:
+        share = self.bytes_read / (2 * self.in_features * self.out_features)
+        return [f"reads {share:.1%} of a bf16 matrix per token", *self.screen.notes()]
