@@ -192,9 +192,9 @@ def _traceable(spec: AttentionSpec, inputs: Inputs, params: Params) -> Tensor:
 
     arguments = (inputs.query, inputs.key, inputs.value)
     parts = []
-    for first in range(0, inputs.query.shape[2], _ROWS):
-        rows = slice(first, min(first + _ROWS, inputs.query.shape[2]))
-        block = Block(slice(0, inputs.query.shape[0]), rows, _columns(inputs, rows))
+    every = slice(0, inputs.query.shape[0])
+    for rows, columns in zip(_rows(inputs.query.shape[2]), _columns(inputs, every), strict=True):
+        block = Block(every, rows, columns)
         if torch.is_grad_enabled():
             parts.append(checkpoint(one, block, *arguments, use_reentrant=False))
         else:
@@ -219,31 +219,34 @@ def _unpack(rest: Inputs, names: Any, tensors: Any) -> tuple[Inputs, dict[str, T
 
 def _blocks(inputs: Inputs) -> Iterator[Block]:
     batch, heads, queries, _ = inputs.query.shape
-    keys = inputs.key.shape[2]
-    rows = max(1, min(_ROWS, queries))
-    samples = max(1, min(batch, _SCORES // (heads * rows * keys)))
+    samples = max(1, _SCORES // (heads * min(_ROWS, queries) * inputs.key.shape[2]))
     for start in range(0, batch, samples):
         chosen = slice(start, min(start + samples, batch))
-        for first in range(0, queries, rows):
-            here = slice(first, min(first + rows, queries))
-            columns = _columns(inputs, here, chosen)
-            yield Block(chosen, here, columns)
+        for rows, columns in zip(_rows(queries), _columns(inputs, chosen), strict=True):
+            yield Block(chosen, rows, columns)
 
 
-def _columns(inputs: Inputs, rows: slice, batch: slice | None = None) -> slice:
-    """The range of keys that any query of a block sees; looked up in the mask where that breaks no graph."""
+def _rows(queries: int) -> list[slice]:
+    return [slice(i, min(i + _ROWS, queries)) for i in range(0, queries, _ROWS)]
+
+
+def _columns(inputs: Inputs, batch: slice) -> list[slice]:
+    """The range of keys that any query of a block sees, for each block of queries."""
     queries, keys = inputs.query.shape[2], inputs.key.shape[2]
     if inputs.keep is None:
         offset = keys - queries
         reach = keys if inputs.window is None else inputs.window
-        return slice(max(0, rows.start + offset + 1 - reach), rows.stop + offset)
-    if batch is None or queries == 1:
-        return slice(0, keys)
+        return [
+            slice(max(0, rows.start + offset + 1 - reach), rows.stop + offset)
+            for rows in _rows(queries)
+        ]
+    if torch.compiler.is_compiling() or queries == 1:
+        return [slice(0, keys) for _ in _rows(queries)]
     keep = inputs.keep if inputs.keep.shape[0] == 1 else inputs.keep[batch]
-    seen = keep[:, :, rows].flatten(0, 2).any(0).nonzero()
-    if not len(seen):
-        return slice(0, 1)  # nothing at all: one key keeps the row maps free of empty reductions
-    return slice(int(seen[0]), int(seen[-1]) + 1)
+    seen = torch.stack([keep[:, :, rows].flatten(0, 2).any(0) for rows in _rows(queries)]).int()
+    first, last = seen.argmax(-1), keys - 1 - seen.flip(-1).argmax(-1)
+    last = torch.where(seen.any(-1), last, first)  # one key keeps row maps free of empty reductions
+    return [slice(i, j + 1) for i, j in torch.stack([first, last], 1).tolist()]
 
 
 def _raw(inputs: Inputs, block: Block) -> Tensor:
