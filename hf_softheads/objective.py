@@ -167,7 +167,9 @@ class Objective:
             self._out = F.pad(spread.unsqueeze(-1), (0, 0, 0, 1))
         else:
             total = self._total(forward, x, labels, scale, teacher_hidden)
-            self._out = total.repeat(*hidden.shape[:2], 1)  # no view: FSDP2 would lose its hook on one
+            self._out = total.repeat(
+                *hidden.shape[:2], 1
+            )  # no view: FSDP2 would lose its hook on one
         return self._out
 
     def _total(
@@ -214,8 +216,8 @@ class Objective:
             n for k in whole if isinstance(k, SummaryLoss) for n in k.needs
         )
         if summaries and dense is not None:
-            if self.transform.scale is not None and not needs & {"log_prob", "logsumexp"}:
-                return (total + combine(gram(hidden, labels, dense, needs))) * factor
+            if self._needs_no_logits(dense, needs):
+                return (total + combine(gram(hidden, labels, dense))) * factor
             elements = self.chunk or (2**20 if hidden.device.type == "cpu" else 2**25)
             out = blocks(hidden, labels, dense, needs, combine, elements=elements)
         elif summaries and isinstance(head, Head) and _has_code_space(head, needs):
@@ -296,6 +298,10 @@ class Objective:
             elements = 2**20 if hidden.device.type == "cpu" else 2**25
             return max(64, elements // self.vocab)
         return max(1, self.chunk // self.vocab)
+
+    def _needs_no_logits(self, dense: Scorer, needs: frozenset[Number]) -> bool:
+        of_moments = needs <= {"target", "mean", "mean_square"}
+        return of_moments and dense.bias is None and self.transform.scale is not None
 
     def _dense(self, head: nn.Module) -> Scorer | None:
         """A plain matrix as tensors; None for structured, adapted or quantized heads."""

@@ -1,0 +1,243 @@
+"""Time and memory of a training loss over a huge vocabulary, forward and backward.
+
+    python benchmarks/losses.py    # some minutes on two cores; writes benchmarks/results/losses.json and losses.png
+
+Every method runs in a process of its own, once a round, in shuffled order; times are ratios to whole logits within a
+round, memory is the growth of the process' peak (Linux). `cut_cross_entropy` is measured where it can be imported.
+Gradients are compared with float64 on a smaller problem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_softheads as sh
+from hf_softheads.heads import VQ
+from hf_softheads.results import provenance, write_json
+from hf_softheads.tables import Table
+
+RESULTS = Path(__file__).parent / "results"
+TOKENS, VOCAB, DIM = 2048, 128_256, 1024
+WHOLE = "whole logits (transformers)"
+
+
+def problem(tokens: int, vocab: int, dim: int) -> tuple[Tensor, nn.Parameter, Tensor]:
+    """Hidden states, output rows and labels, bf16."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, dim, generator=g).bfloat16().requires_grad_()
+    weight = (torch.randn(vocab, dim, generator=g) * dim**-0.5).bfloat16()
+    return hidden, nn.Parameter(weight), torch.randint(vocab, (tokens,), generator=g)
+
+
+def bare_model(weight: nn.Parameter) -> LlamaForCausalLM:
+    """A model of which only the head matters."""
+    with torch.device("meta"):
+        config = LlamaConfig(
+            vocab_size=len(weight),
+            hidden_size=weight.shape[1],
+            num_hidden_layers=1,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            intermediate_size=8,
+            tie_word_embeddings=False,
+        )
+        model = LlamaForCausalLM(config)
+    model.lm_head.weight = weight
+    return model
+
+
+Loss = Callable[[], Tensor]
+
+
+def whole(h: Tensor, w: Tensor, y: Tensor) -> Loss:
+    return lambda: F.cross_entropy((h @ w.T).float(), y)
+
+
+def torch_plain(h: Tensor, w: Tensor, y: Tensor) -> Loss:
+    return lambda: F.linear_cross_entropy(h, w, y)
+
+
+def torch_chunked(h: Tensor, w: Tensor, y: Tensor) -> Loss:
+    from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+    return lambda: F.linear_cross_entropy(h, w, y, options=LinearCrossEntropyOptions())
+
+
+def cut(h: Tensor, w: Tensor, y: Tensor) -> Loss:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda: linear_cross_entropy(h, w, y, impl="torch_compile")
+
+
+def objective(losses: dict[str, float]) -> Callable[[Tensor, Tensor, Tensor], Loss]:
+    def prepare(h: Tensor, w: Tensor, y: Tensor) -> Loss:
+        goal = sh.Objective(bare_model(w), losses)
+        return lambda: goal.from_hidden(h, y)
+
+    return prepare
+
+
+def vq(part: int) -> Callable[[Tensor, Tensor, Tensor], Loss]:
+    def prepare(h: Tensor, w: Tensor, y: Tensor) -> Loss:
+        codes = len(w) // part
+        head = VQ(codes=codes).module(w.shape[1], len(w)).to(w.dtype)
+        with torch.no_grad():
+            head.weight.copy_(w[:codes])
+            head.codes.copy_(torch.arange(len(w)) % codes)
+        model = bare_model(w)
+        model.set_output_embeddings(head)
+        goal = sh.Objective(model, {"cross_entropy": 1.0})
+        return lambda: goal.from_hidden(h, y)
+
+    return prepare
+
+
+METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Loss]] = {
+    WHOLE: whole,
+    "F.linear_cross_entropy": torch_plain,
+    "F.linear_cross_entropy, chunked": torch_chunked,
+    "cut_cross_entropy, torch_compile": cut,
+    "Objective: cross-entropy": objective({"cross_entropy": 1.0}),
+    "Objective: cross-entropy + z-loss": objective({"cross_entropy": 1.0, "z_loss": 1e-4}),
+    "Objective: spherical z-loss, Gram matrix": objective({"spherical_z": 1.0}),
+    "Objective: VQ head, C = V/16": vq(16),
+    "Objective: VQ head, C = V/100": vq(100),
+}
+ONCE = {"F.linear_cross_entropy, chunked"}  # minutes on a CPU
+DENSE = [name for name in METHODS if "z-loss" not in name and "VQ" not in name]
+
+
+def measure(name: str) -> dict[str, float]:
+    """One method in this process: seconds of one loss and its backward, growth of the peak memory, loss."""
+    torch.set_num_threads(2)
+    warm = (TOKENS, VOCAB) if "compile" in name else (64, 512)
+    METHODS[name](*problem(*warm, DIM))().backward()
+    loss_of = METHODS[name](*problem(TOKENS, VOCAB, DIM))
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = memory("VmRSS")
+    start = time.perf_counter()
+    loss = loss_of()
+    loss.backward()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "mib": memory("VmHWM") - before, "loss": float(loss.detach())}
+
+
+def memory(field: str) -> float:
+    """A line of this process' status, MiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(field + ":")[2].split()[0]) / 1024
+
+
+def gradient_error(name: str) -> float:
+    """Error of the bf16 gradients of hidden states and weight to float64, relative."""
+    tensors = problem(256, 4096, 256)
+    h, w = (x.detach().double().requires_grad_() for x in tensors[:2])
+    F.cross_entropy(h @ w.T, tensors[2]).backward()
+    METHODS[name](*tensors)().backward()
+    errors = [
+        (a.grad.double() - b.grad).norm() / b.grad.norm()
+        for a, b in zip(tensors, (h, w), strict=False)
+    ]
+    return float(max(errors))
+
+
+def available(name: str) -> bool:
+    return not name.startswith("cut") or importlib.util.find_spec("cut_cross_entropy") is not None
+
+
+def child(name: str, what: str) -> Any:
+    done = subprocess.run(
+        [sys.executable, __file__, what, name], check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def plot(rows: dict[str, Any], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
+    for name, row in rows.items():
+        color = "#bf616a" if name.startswith("Objective") else "#4c566a"
+        axes.scatter(row["mib"], row["time"], color=color, s=24)
+        axes.annotate(
+            name, (row["mib"], row["time"]), fontsize=7, xytext=(4, 3), textcoords="offset points"
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="extra memory at the peak, MiB",
+        ylabel="time ÷ whole logits",
+    )
+    axes.set_title(
+        f"Loss and gradients, {TOKENS:,} tokens, V = {VOCAB:,}, D = {DIM:,}, bf16", loc="left"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    order = random.Random(0)
+    names = [name for name in METHODS if available(name)]
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for number in range(rounds):
+        here = [name for name in names if number == 0 or name not in ONCE]
+        order.shuffle(here)
+        for name in here:
+            samples[name].append(child(name, "--measure"))
+            print(f"{name}: {samples[name][-1]}", flush=True)
+    rows: dict[str, Any] = {}
+    for name in names:
+        ratios = [
+            s["seconds"] / w["seconds"] for s, w in zip(samples[name], samples[WHOLE], strict=False)
+        ]
+        rows[name] = {
+            "seconds": min(s["seconds"] for s in samples[name]),
+            "time": statistics.median(ratios),
+            "time_low": min(ratios),
+            "time_high": max(ratios),
+            "mib": statistics.median(s["mib"] for s in samples[name]),
+            "loss": samples[name][0]["loss"],
+            "rounds": len(ratios),
+        }
+        if name in DENSE:
+            rows[name]["gradient_error"] = child(name, "--error")
+    settings = {"tokens": TOKENS, "vocab": VOCAB, "dim": DIM, "dtype": "bfloat16", "threads": 2}
+    results = {"settings": settings, "baseline": WHOLE, "rows": rows, "provenance": provenance(0)}
+    write_json(RESULTS / "losses.json", results)
+    plot(rows, RESULTS / "losses.png")
+    table = Table(["", "time ÷ whole logits", "seconds", "extra MiB", "gradient error"])
+    for name, row in rows.items():
+        error = f"{row['gradient_error']:.4f}" if "gradient_error" in row else ""
+        table.add(name, f"{row['time']:.3f}", f"{row['seconds']:.2f}", f"{row['mib']:.0f}", error)
+    print(table)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(sys.argv[2])))
+    elif sys.argv[1:2] == ["--error"]:
+        print(json.dumps(gradient_error(sys.argv[2])))
+    else:
+        main()
