@@ -27,6 +27,8 @@ def vq_table() -> str:
     table = Table([*columns, "speed, batch 1", "batch 16"])
     dense = found["rows"][0]
     for row in found["rows"]:
+        if row["stage"] == "published + distilled":
+            continue  # between the two others; it is in the results file
         name = row["stage"] if row["divisor"] is None else f"VQ, V/{row['divisor']}, {row['stage']}"
         table.add(
             name,
@@ -46,6 +48,25 @@ def vq_table() -> str:
         f"against the dense bf16 `nn.Linear`. Distilled: {found['distillation_steps']} steps of the head alone."
     )
     return f"{table.markdown()}\n\n{note} {_where(found)}"
+
+
+def speed_table() -> str:
+    """The VQ head at the size of a 1 B model's head, from `vq_speed.json`."""
+    found = _results("vq_speed")
+    table = Table(["one decoding step", "batch 1", "÷ dense", "batch 16", "÷ dense"])
+    for name in found["batch_1"]:
+        one, many = found["batch_1"][name], found["batch_16"][name]
+        ratios = [f"{row['ratio']:.1f}× faster" if row["ratio"] > 1 else "–" for row in (one, many)]
+        table.add(name, f"{one['ms']:.2f} ms", ratios[0], f"{many['ms']:.2f} ms", ratios[1])
+    memory = found["log_prob"]["V/100"]
+    share = memory["dense_logits"] / max(memory["peak_growth"], 1)
+    clusters = found["kmeans"]
+    return (
+        f"{table.markdown()}\n\nV={found['vocab']:,}, D={found['dim']:,}, bf16, random weights, cold caches, in one "
+        f"process. `log_prob` of {found['tokens']:,} tokens at C=V/100 takes {human_bytes(memory['peak_growth'])} at its "
+        f"peak, {share:.0f} times less than the dense logits. k-means for {clusters['points']:,} rows of "
+        f"{clusters['dim']:,} and {clusters['codes']:,} codes: {clusters['seconds']:.0f} s. {_where(found)}"
+    )
 
 
 def attention_table() -> str:
@@ -111,6 +132,7 @@ def _where(found: Any) -> str:
 
 BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "vq": (ROOT / "README.md", vq_table),
+    "speed": (ROOT / "README.md", speed_table),
     "attention": (ROOT / "docs" / "variants.md", attention_table),
 }
 
