@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from hf_softheads.attention.base import Geometry as Geometry
 from hf_softheads.attention.base import attend as attend
 from hf_softheads.registry import did_you_mean, import_variants
 
 _classes = import_variants(__name__)
 globals().update(_classes)
-__all__ = sorted([*_classes, "attend"])  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_classes, "Geometry", "attend"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
