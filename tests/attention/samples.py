@@ -18,7 +18,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "elu": [{"normalised": False}, {"features": True}],
     "entmax": [{"alpha": 1.25}, {"alpha": 2.5}, {"learn": True}],
     "gated": [{"per": "head"}],
-    "linear": [{"normalised": False}],
+    "identity": [{"normalised": False}],
     "log_n": [{"length": 4}],
     "lssar": [{"p": 3}],
     "mixed": [{"other": {"name": "gated"}, "start": 0.4}, {"other": "learned_sink"}],

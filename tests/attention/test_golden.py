@@ -57,11 +57,11 @@ CASES: list[tuple[str, str, AttentionSpec, dict[str, Any]]] = [
         sa.ELU(features=True, normalised=False),
         {"forward": 2e-5, "weights": "own"},
     ),
-    ("sail_sink_variants", "kernel_linear_norm.base", sa.Linear(), {"weights": "own"}),
+    ("sail_sink_variants", "kernel_linear_norm.base", sa.Identity(), {"weights": "own"}),
     (
         "sail_sink_variants",
         "kernel_linear_nonorm.base",
-        sa.Linear(normalised=False),
+        sa.Identity(normalised=False),
         {"weights": "own"},
     ),
     ("sigmoid", "b0", sa.Sigmoid(), {}),

@@ -1,4 +1,4 @@
-"""Linear scores as weights: attention without any nonlinearity, the control of the sink studies."""
+"""Scores as weights: attention without any nonlinearity, a control of the sink studies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_softheads.attention.base import AttentionSpec, Params
 
 
 @dataclass(frozen=True)
-class Linear(AttentionSpec, name="linear"):
+class Identity(AttentionSpec, name="identity"):
     """`w = z`, divided by `max(|Σ z|, 1)` or not
 
     Source: arXiv:2410.10781 (identity kernel). Weights may be negative.
