@@ -191,49 +191,6 @@ def _here(labels: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     return rows, labels[rows] - start
 
 
-def gram(hidden: Tensor, labels: Tensor, head: Scorer) -> dict[Number, Tensor]:
-    """`target`, `mean` and `mean_square` of a dense head without bias that only scales its scores; no logits.
-
-    `Σ_v z_v = (Σw)·h` and `Σ_v z_v² = hᵀ (wᵀw) h` (1412.7091): `O(V D²)` for the matrix and `O(n D²)`.
-    """
-    scale = head.transform.scale
-    assert scale is not None
-    target, mean, square = _Moments.apply(hidden, labels, head.weight)
-    return {"target": target * scale, "mean": mean * scale, "mean_square": square * scale**2}
-
-
-class _Moments(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor) -> Any:
-        x, vocab, dim = widened(hidden), *weight.shape
-        square, total = x.new_zeros(dim, dim), weight.sum(0, dtype=x.dtype)
-        for block in weight.split(_moment_rows(weight)):
-            square += block.T @ block
-        through = x @ square
-        ctx.save_for_backward(hidden, labels, weight, total, through)
-        own = widened(weight[labels])
-        return (own * x).sum(-1), x @ total / vocab, (through * x).sum(-1) / vocab
-
-    @staticmethod
-    def backward(ctx: Any, target: Tensor, mean: Tensor, square: Tensor) -> Any:
-        hidden, labels, weight, total, through = ctx.saved_tensors
-        x, vocab = widened(hidden), len(weight)
-        grad = target.unsqueeze(-1) * weight[labels] + torch.outer(mean / vocab, total)
-        grad += (2 / vocab) * square.unsqueeze(-1) * through
-        turn = ((2 / vocab) * (x.T * square) @ x).to(weight.dtype)  # (D, D)
-        shift = mean @ x / vocab
-        grad_weight = torch.empty_like(weight)
-        rows = _moment_rows(weight)
-        for block, into in zip(weight.split(rows), grad_weight.split(rows), strict=True):
-            torch.add(block @ turn, shift, out=into)
-        grad_weight.index_add_(0, labels, (target.unsqueeze(-1) * x).to(weight.dtype))
-        return grad.to(hidden.dtype), None, grad_weight
-
-
-def _moment_rows(weight: Tensor) -> int:
-    return max(ROWS, 2**22 // weight.shape[-1])
-
-
 class _Accumulate(torch.autograd.Function):
     """`F.linear` whose backward adds the weight's gradient to fp32 buffers, in blocks of rows."""
 

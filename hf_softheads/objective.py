@@ -10,12 +10,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_softheads.bridge import Reader
-from hf_softheads.chunked import Scorer, blocks, candidate_logits, chunks, gram, widened
+from hf_softheads.chunked import widened
 from hf_softheads.headless import (
     Function,
     base_model,
@@ -24,12 +23,10 @@ from hf_softheads.headless import (
     output_head,
     vocabulary,
 )
-from hf_softheads.heads.base import Head
-from hf_softheads.heads.dense import DenseHead
-from hf_softheads.losses.base import HiddenLoss, LossSpec, Number, SampledLoss, SummaryLoss
+from hf_softheads.losses.base import HiddenLoss, LossSpec
 from hf_softheads.losses.cross_entropy import CrossEntropy
-from hf_softheads.losses.noisy_softmax import NoisySoftmax
 from hf_softheads.registry import spec_from_dict
+from hf_softheads.weighted import View, WeightedLosses
 
 IGNORE = -100
 Reduction = Literal["mean", "sum", "none"]
@@ -65,9 +62,6 @@ class Objective:
         chunk: how many logits may be alive at once; by default 2^20 (4 MiB in fp32), 2^25 on a GPU, and never less
             than 64 tokens or 256 columns.
 
-    Attributes:
-        parts: the sum of every loss over the last call's labels, unweighted, by name.
-
     Raises:
         ValueError: no loss, a teacher that is missing, unused or of another vocabulary, a model without an output
             embedding, or one that changes its logits in a way that is not understood.
@@ -86,10 +80,9 @@ class Objective:
             spec_from_dict("loss", loss): float(weight) for loss, weight in losses.items()
         }
         self.teacher = teacher
-        self.chunk = chunk
-        self.parts: dict[str, Tensor] = {}
         reader = Reader(base_model(model))
         self.vocab, self.transform = reader.vocab, reader.transform
+        self._weighted = WeightedLosses(self.losses, self.vocab, self.transform, chunk)
         _check_losses(self.losses, teacher, self.vocab)
         self._teacher_reader = Reader(teacher) if isinstance(teacher, PreTrainedModel) else None
         self._transform_checked = False
@@ -146,8 +139,15 @@ class Objective:
 
     def from_hidden(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """The mean loss of hidden states `(n, D)` that are at hand already, and the tokens `(n,)` that follow them."""
-        scale = 1 / max(len(labels), 1)
-        return self._total(output_head(self.model).forward, hidden, labels, scale, None)
+        head, teacher = output_head(self.model), View(self._teacher_logits, None)
+        return self._weighted.total(
+            head, head.forward, hidden, labels, teacher, 1 / max(len(labels), 1)
+        )
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The sum of every loss over the last call's labels, unweighted, by name."""
+        return self._weighted.parts
 
     def _score(self, hidden: Tensor) -> Tensor:
         """In the place of the head: the loss, shaped `(B, T, 1)`, so that wrappers' hooks see a real output."""
@@ -161,153 +161,15 @@ class Objective:
         x = hidden[:, :-1][kept]
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden[:, :-1][kept]
+        head, teacher = output_head(self.model), View(self._teacher_logits, teacher_hidden)
         if scale is None:
-            each = self._per_token(forward, x, labels, teacher_hidden)
+            each = self._weighted.per_token(head, forward, x, labels, teacher)
             spread = widened(hidden.new_zeros(kept.shape)).masked_scatter(kept, each)
             self._out = F.pad(spread.unsqueeze(-1), (0, 0, 0, 1))
         else:
-            total = self._total(forward, x, labels, scale, teacher_hidden)
-            self._out = total.repeat(
-                *hidden.shape[:2], 1
-            )  # no view: FSDP2 would lose its hook on one
+            total = self._weighted.total(head, forward, x, labels, teacher, scale)
+            self._out = total.repeat(*hidden.shape[:2], 1)  # a view would lose FSDP2's hook
         return self._out
-
-    def _total(
-        self,
-        forward: Function,
-        hidden: Tensor,
-        labels: Tensor,
-        scale: float,
-        teacher_hidden: Tensor | None,
-    ) -> Tensor:
-        """`scale · Σ` of all losses over the hidden states `(n, D)`, each by the cheapest way that it allows."""
-        self.parts = {}
-        head = output_head(self.model)
-        dense = self._dense(head)
-        factor = 1.0
-        if (
-            hidden.dtype == torch.float16
-        ):  # p / n would underflow: the backward pass scales, in fp32
-            scale, factor = 1.0, scale
-        apart = [k for k in self.losses if _without_logits(k, dense)]
-        whole = {k: w for k, w in self.losses.items() if k not in apart}
-        total = widened(hidden.new_zeros(()))
-        for loss in apart:
-            each = self._value(loss, hidden, None, labels, None, dense, teacher_hidden)
-            total = total + self._note(loss, each) * (self.losses[loss] * scale)
-        if not whole:
-            return total * factor
-
-        def combine(numbers: Mapping[Number, Tensor]) -> Tensor:
-            each = {k: k.from_summary(numbers) for k in whole if isinstance(k, SummaryLoss)}
-            return torch.stack(
-                [self._note(k, v) * (whole[k] * scale) for k, v in each.items()]
-            ).sum()
-
-        def of_chunk(h: Tensor, logits: Tensor, at: slice) -> Tensor:
-            teacher = self._teacher_logits(h.detach(), teacher_hidden, at)
-            each = {k: self._value(k, h, logits, labels[at], teacher, dense) for k in whole}
-            return torch.stack(
-                [self._note(k, v) * (whole[k] * scale) for k, v in each.items()]
-            ).sum()
-
-        summaries = all(isinstance(k, SummaryLoss) for k in whole)
-        needs: frozenset[Number] = frozenset(
-            n for k in whole if isinstance(k, SummaryLoss) for n in k.needs
-        )
-        if summaries and dense is not None:
-            if self._needs_no_logits(dense, needs):
-                return (total + combine(gram(hidden, labels, dense))) * factor
-            elements = self.chunk or (2**20 if hidden.device.type == "cpu" else 2**25)
-            out = blocks(hidden, labels, dense, needs, combine, elements=elements)
-        elif summaries and isinstance(head, Head) and _has_code_space(head, needs):
-            out = combine(_code_space(head, hidden, labels, needs))
-        else:
-            trained = [p for p in head.parameters() if p.requires_grad]
-            score = dense or functools.partial(self._logits, forward)
-            out = chunks(hidden, trained, score, of_chunk, rows=self._rows(hidden))
-        return (total + out) * factor
-
-    def _per_token(
-        self, forward: Function, hidden: Tensor, labels: Tensor, teacher_hidden: Tensor | None
-    ) -> Tensor:
-        """The weighted sum of all losses per token, `(n,)`; logits are recomputed in the backward pass."""
-        self.parts = {}
-        dense = self._dense(output_head(self.model))
-
-        def chunk(h: Tensor, y: Tensor, start: int) -> Tensor:
-            at = slice(start, start + len(h))
-            logits = self._logits(forward, h)
-            teacher = self._teacher_logits(h.detach(), teacher_hidden, at)
-            of_teacher = None if teacher_hidden is None else teacher_hidden[at]
-            each = {
-                k: self._value(k, h, logits, y, teacher, dense, of_teacher) for k in self.losses
-            }
-            return torch.stack([v * self.losses[k] for k, v in each.items()]).sum(0)
-
-        rows = self._rows(hidden)
-        starts = range(0, max(len(hidden), 1), rows)
-        return torch.cat(
-            [
-                checkpoint(
-                    chunk, hidden[i : i + rows], labels[i : i + rows], i, use_reentrant=False
-                )
-                for i in starts
-            ]
-        )
-
-    def _value(
-        self,
-        loss: LossSpec,
-        hidden: Tensor,
-        logits: Tensor | None,
-        labels: Tensor,
-        teacher: Tensor | None,
-        dense: Scorer | None,
-        teacher_hidden: Tensor | None = None,
-    ) -> Tensor:
-        """One loss per token, `(n,)`, from what it looks at."""
-        if isinstance(loss, HiddenLoss):
-            assert teacher_hidden is not None
-            return loss.from_hidden(widened(hidden), widened(teacher_hidden))
-        if isinstance(loss, SampledLoss) and dense is not None:
-            ids = loss.candidates(labels, self.vocab)
-            target, others = candidate_logits(hidden, labels, ids, dense, cosine=loss.cosine)
-            return loss.from_candidates(target, others, ids, labels, self.vocab)
-        if isinstance(loss, SampledLoss) and loss.cosine:
-            raise ValueError(
-                f"{loss.name} takes cosines with the tokens' rows, so it needs a dense head"
-            )
-        assert logits is not None
-        if isinstance(loss, NoisySoftmax) and dense is not None:
-            norms = dense.weight[labels].detach().norm(dim=-1) * hidden.detach().norm(dim=-1)
-            return loss.per_token(logits, labels, teacher, norms=widened(norms))
-        return loss.per_token(logits, labels, teacher)
-
-    def _note(self, loss: LossSpec, each: Tensor) -> Tensor:
-        total = each.sum()
-        noted = self.parts.get(loss.name)
-        self.parts[loss.name] = total.detach() if noted is None else noted + total.detach()
-        return total
-
-    def _logits(self, forward: Function, hidden: Tensor) -> Tensor:
-        return self.transform(widened(forward(hidden)))
-
-    def _rows(self, hidden: Tensor) -> int:
-        if self.chunk is None:  # in cache on a CPU, but not too few rows for a matrix product
-            elements = 2**20 if hidden.device.type == "cpu" else 2**25
-            return max(64, elements // self.vocab)
-        return max(1, self.chunk // self.vocab)
-
-    def _needs_no_logits(self, dense: Scorer, needs: frozenset[Number]) -> bool:
-        of_moments = needs <= {"target", "mean", "mean_square"}
-        return of_moments and dense.bias is None and self.transform.scale is not None
-
-    def _dense(self, head: nn.Module) -> Scorer | None:
-        """A plain matrix as tensors; None for structured, adapted or quantized heads."""
-        if type(head) not in (nn.Linear, DenseHead):
-            return None
-        return Scorer(head.weight, head.bias, self.transform)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _teacher_hidden(self, batch: Mapping[str, Any]) -> Tensor | None:
@@ -324,40 +186,19 @@ class Objective:
             teacher.train(training)
 
     @torch.no_grad()
-    def _teacher_logits(
-        self, hidden: Tensor, teacher_hidden: Tensor | None, at: slice
-    ) -> Tensor | None:
+    def _teacher_logits(self, hidden: Tensor, of_teacher: Tensor | None) -> Tensor | None:
+        """From the student's hidden states, or from its own where it is a model."""
         if self.teacher is None:
             return None
         if isinstance(self.teacher, Tensor):
             gather = getattr(self.teacher, "full_tensor", None)  # a sharded matrix
             weight = self.teacher if gather is None else gather()
             return self.transform(widened(F.linear(hidden, weight.to(hidden.device, hidden.dtype))))
-        if teacher_hidden is None:
+        if of_teacher is None:
             return self.transform(widened(self.teacher(hidden)))
         assert self._teacher_reader is not None
-        scores: Tensor = self._teacher_reader.head(teacher_hidden[at])
+        scores: Tensor = self._teacher_reader.head(of_teacher)
         return self._teacher_reader.transform(widened(scores))
-
-
-def _has_code_space(head: Head, needs: frozenset[Number]) -> bool:
-    """Whether the head finds these numbers in its own structure instead of from all logits."""
-    return type(head).log_prob is not Head.log_prob and needs <= {"log_prob", "logsumexp"}
-
-
-def _code_space(
-    head: Head, hidden: Tensor, labels: Tensor, needs: frozenset[Number]
-) -> dict[Number, Tensor]:
-    numbers: dict[Number, Tensor] = {}
-    if "log_prob" in needs:
-        numbers["log_prob"] = head.log_prob(hidden, labels)
-    if "logsumexp" in needs:
-        numbers["logsumexp"] = head.logsumexp(hidden)
-    return numbers
-
-
-def _without_logits(loss: LossSpec, dense: Scorer | None) -> bool:
-    return isinstance(loss, HiddenLoss) or (isinstance(loss, SampledLoss) and dense is not None)
 
 
 def _check_labels(chosen: Tensor, vocab: int) -> None:

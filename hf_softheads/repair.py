@@ -38,7 +38,7 @@ class Repair:
 def repair_head(
     model: nn.Module,
     teacher: nn.Module | Tensor,
-    rows: Tensor,
+    rows: Tensor | tuple[Tensor, Tensor],
     *,
     steps: int = 400,
     batch_size: int = 2048,
@@ -54,12 +54,12 @@ def repair_head(
     Args:
         model: a patched model.
         teacher: its dense head, `dense_head(model)`, or that head's matrix `(V, D)`.
-        rows: token windows `(N, W)` of training text.
+        rows: token windows `(N, W)` of training text; or what `cache_states` made of them, for several repairs.
         losses: default the forward KL; several with weights as for `Objective`.
         seed: of the order of the hidden states.
 
     Raises:
-        ValueError: nothing to train, too few tokens, a teacher of another vocabulary, or a loss that is not finite,
+        ValueError: nothing to train, no text, a teacher of another vocabulary, or a loss that is not finite,
             after which the head is as it was.
     """
     reader = Reader(base_model(model))
@@ -67,14 +67,15 @@ def repair_head(
     trained = [p for p in head.parameters() if p.is_floating_point()]
     if not trained:
         raise ValueError(f"the head {type(head).__name__} has no floating-point parameter to train")
-    if rows.ndim != 2 or rows.shape[1] < 2 or steps < 1 or batch_size < 1:
+    if steps < 1 or batch_size < 1:
         raise ValueError(
-            f"repair needs token windows (N, W ≥ 2), got {tuple(rows.shape)}, and at least one step and one "
-            f"token a step, got {steps} and {batch_size}"
+            f"repair needs at least one step of one token, got {steps} of {batch_size}"
         )
     goal = Objective(model, losses or {KL(): 1.0}, teacher)
     generator = torch.Generator().manual_seed(seed)
-    hidden, labels = _hidden_states(reader, rows, steps * batch_size, generator)
+    if isinstance(rows, Tensor):
+        rows = cache_states(model, rows, tokens=steps * batch_size, seed=seed)
+    hidden, labels = rows
     before = {k: v.clone() for k, v in head.state_dict().items()}
     wanted = [p.requires_grad for p in trained]
     for p in trained:
@@ -113,25 +114,32 @@ def repair_head(
 
 
 @torch.no_grad()
-def _hidden_states(
-    reader: Reader, rows: Tensor, wanted: int, generator: torch.Generator
+def cache_states(
+    model: nn.Module, rows: Tensor, *, tokens: int, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """At most `wanted` hidden states `(S, D)` and the tokens that follow them, on the CPU."""
-    width = rows.shape[1] - 1
-    weight: Tensor = reader.head.weight
-    order = torch.randperm(len(rows), generator=generator)
+    """About `tokens` hidden states `(S, D)` of token windows `(N, W)` and the tokens `(S,)` that follow, on the CPU.
+
+    At most 512 MiB of them, in random order of the windows.
+
+    Raises:
+        ValueError: no windows of at least two tokens.
+    """
+    if rows.ndim != 2 or rows.shape[1] < 2 or not len(rows):
+        raise ValueError(f"repair needs token windows (N, W ≥ 2), got {tuple(rows.shape)}")
+    reader = Reader(base_model(model))
+    device = reader.head.weight.device
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     kept: list[tuple[Tensor, Tensor]] = []
     size = total = 0
     training = reader.model.training
     reader.model.eval()
     try:
         for batch in tqdm(rows[order].split(8), desc="hidden states", disable=None):
-            hidden = reader.hidden(input_ids=batch.to(weight.device))[:, :-1]
-            labels = batch[:, 1:]
-            kept.append((hidden.flatten(0, 1).cpu(), labels.flatten()))
+            hidden = reader.hidden(input_ids=batch.to(device))[:, :-1]
+            kept.append((hidden.flatten(0, 1).cpu(), batch[:, 1:].flatten()))
             size += hidden.numel() * hidden.element_size()
-            total += len(batch) * width
-            if total >= wanted or size >= CACHE_BYTES:
+            total += kept[-1][1].numel()
+            if total >= tokens or size >= CACHE_BYTES:
                 break
     finally:
         reader.model.train(training)

@@ -1,0 +1,209 @@
+"""Weighted losses on hidden states, each computed by the cheapest way that it and the head allow."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hf_softheads.chunked import Scorer, blocks, candidate_logits, chunks, widened
+from hf_softheads.headless import Function
+from hf_softheads.heads.base import Head, LogitTransform
+from hf_softheads.heads.dense import DenseHead
+from hf_softheads.losses.base import HiddenLoss, LossSpec, Number, SampledLoss, SummaryLoss
+from hf_softheads.losses.noisy_softmax import NoisySoftmax
+from hf_softheads.moments import moments
+
+
+class View(NamedTuple):
+    """The teacher on one batch: its logits from the student's (or its own) hidden states, and its hidden states."""
+
+    logits: Callable[[Tensor, Tensor | None], Tensor | None]
+    hidden: Tensor | None  # (n, D)
+
+    def at(self, part: slice) -> Tensor | None:
+        return None if self.hidden is None else self.hidden[part]
+
+
+class WeightedLosses:
+    """`Σ weight · loss` of hidden states `(n, D)` under a head.
+
+    A loss of a few numbers per token is computed in code space by a structured head, in blocks of the vocabulary or
+    from moments by a dense one; a sampled loss from its rows; all others from one walk over chunks of whole logits.
+    """
+
+    def __init__(
+        self,
+        losses: Mapping[LossSpec, float],
+        vocab: int,
+        transform: LogitTransform,
+        chunk: int | None,
+    ):
+        self.losses, self.vocab, self.transform, self.chunk = losses, vocab, transform, chunk
+        self.parts: dict[str, Tensor] = {}
+
+    def total(
+        self,
+        head: nn.Module,
+        forward: Function,
+        hidden: Tensor,
+        labels: Tensor,
+        teacher: View,
+        scale: float,
+    ) -> Tensor:
+        """`scale ·` the sum over tokens; `forward` is the head's own."""
+        self.parts = {}
+        dense = self._dense(head)
+        later = 1.0
+        if hidden.dtype == torch.float16:
+            scale, later = 1.0, scale  # p / n would underflow: scaled in the backward pass, in fp32
+
+        def add(values: Iterable[tuple[LossSpec, Tensor]]) -> Tensor:
+            terms = [self._note(loss, each) * (self.losses[loss] * scale) for loss, each in values]
+            return torch.stack(terms).sum()
+
+        def of_numbers(numbers: Mapping[Number, Tensor]) -> Tensor:
+            return add((k, k.from_summary(numbers)) for k in whole if isinstance(k, SummaryLoss))
+
+        def of_chunk(h: Tensor, logits: Tensor, part: slice) -> Tensor:
+            theirs = teacher.logits(h.detach(), teacher.at(part))
+            return add((k, self._value(k, h, logits, labels[part], theirs, dense)) for k in whole)
+
+        apart = [k for k in self.losses if _needs_no_logits(k, dense)]
+        whole = [k for k in self.losses if k not in apart]
+        total = widened(hidden.new_zeros(()))
+        if apart:
+            total = add((k, self._apart(k, hidden, labels, teacher.hidden, dense)) for k in apart)
+        if not whole:
+            return total * later
+        needs: frozenset[Number] = frozenset(
+            n for k in whole if isinstance(k, SummaryLoss) for n in k.needs
+        )
+        if not all(isinstance(k, SummaryLoss) for k in whole):
+            out = None
+        elif dense is not None and self._from_moments(dense, needs):
+            out = of_numbers(moments(hidden, labels, dense.weight, self.transform.scale or 1.0))
+        elif dense is not None:
+            elements = self.chunk or (2**20 if hidden.device.type == "cpu" else 2**25)
+            out = blocks(hidden, labels, dense, needs, of_numbers, elements=elements)
+        elif isinstance(head, Head) and _has_code_space(head, needs):
+            out = of_numbers(_code_space(head, hidden, labels, needs))
+        else:
+            out = None
+        if out is None:
+            trained = [p for p in head.parameters() if p.requires_grad]
+            score = dense or functools.partial(self._logits, forward)
+            out = chunks(hidden, trained, score, of_chunk, rows=self._rows(hidden))
+        return (total + out) * later
+
+    def per_token(
+        self, head: nn.Module, forward: Function, hidden: Tensor, labels: Tensor, teacher: View
+    ) -> Tensor:
+        """The weighted sum of all losses per token, `(n,)`; logits are recomputed in the backward pass."""
+        self.parts = {}
+        dense = self._dense(head)
+
+        def chunk(h: Tensor, y: Tensor, start: int) -> Tensor:
+            of_teacher = teacher.at(slice(start, start + len(h)))
+            logits, theirs = self._logits(forward, h), teacher.logits(h.detach(), of_teacher)
+            values = [
+                self._apart(k, h, y, of_teacher, dense)
+                if _needs_no_logits(k, dense)
+                else self._value(k, h, logits, y, theirs, dense)
+                for k in self.losses
+            ]
+            weighted = [v * w for v, w in zip(values, self.losses.values(), strict=True)]
+            return torch.stack(weighted).sum(0)
+
+        rows = self._rows(hidden)
+        parts = [
+            (hidden[i : i + rows], labels[i : i + rows], i)
+            for i in range(0, max(len(hidden), 1), rows)
+        ]
+        return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
+
+    def _apart(
+        self,
+        loss: LossSpec,
+        hidden: Tensor,
+        labels: Tensor,
+        teacher_hidden: Tensor | None,
+        dense: Scorer | None,
+    ) -> Tensor:
+        """A loss that looks at no whole logits, per token."""
+        if isinstance(loss, SampledLoss) and dense is not None:
+            ids = loss.candidates(labels, self.vocab)
+            target, others = candidate_logits(hidden, labels, ids, dense, cosine=loss.cosine)
+            return loss.from_candidates(target, others, ids, labels, self.vocab)
+        assert isinstance(loss, HiddenLoss)
+        assert teacher_hidden is not None
+        return loss.from_hidden(widened(hidden), widened(teacher_hidden))
+
+    def _value(
+        self,
+        loss: LossSpec,
+        hidden: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        teacher: Tensor | None,
+        dense: Scorer | None,
+    ) -> Tensor:
+        """A loss of whole logits, per token."""
+        if isinstance(loss, SampledLoss) and loss.cosine:
+            raise ValueError(
+                f"{loss.name} takes cosines with the tokens' rows, so it needs a dense head"
+            )
+        if isinstance(loss, NoisySoftmax) and dense is not None:
+            norms = dense.weight[labels].detach().norm(dim=-1) * hidden.detach().norm(dim=-1)
+            return loss.per_token(logits, labels, teacher, norms=widened(norms))
+        return loss.per_token(logits, labels, teacher)
+
+    def _note(self, loss: LossSpec, each: Tensor) -> Tensor:
+        total = each.sum()
+        noted = self.parts.get(loss.name)
+        self.parts[loss.name] = total.detach() if noted is None else noted + total.detach()
+        return total
+
+    def _logits(self, forward: Function, hidden: Tensor) -> Tensor:
+        return self.transform(widened(forward(hidden)))
+
+    def _rows(self, hidden: Tensor) -> int:
+        if self.chunk is not None:
+            return max(1, self.chunk // self.vocab)
+        # in cache on a CPU, but not too few rows for a matrix product
+        return max(64, (2**20 if hidden.device.type == "cpu" else 2**25) // self.vocab)
+
+    def _dense(self, head: nn.Module) -> Scorer | None:
+        """A plain matrix as tensors; None for structured, adapted or quantized heads."""
+        linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+        if linear or isinstance(head, DenseHead):
+            return Scorer(head.weight, head.bias, self.transform)  # type: ignore[arg-type]
+        return None
+
+    def _from_moments(self, dense: Scorer, needs: frozenset[Number]) -> bool:
+        asked = needs <= {"target", "mean", "mean_square"}
+        return asked and dense.bias is None and self.transform.scale is not None
+
+
+def _needs_no_logits(loss: LossSpec, dense: Scorer | None) -> bool:
+    return isinstance(loss, HiddenLoss) or (isinstance(loss, SampledLoss) and dense is not None)
+
+
+def _has_code_space(head: Head, needs: frozenset[Number]) -> bool:
+    """Whether the head finds these numbers in its own structure instead of from all logits."""
+    return type(head).log_prob is not Head.log_prob and needs <= {"log_prob", "logsumexp"}
+
+
+def _code_space(
+    head: Head, hidden: Tensor, labels: Tensor, needs: frozenset[Number]
+) -> dict[Number, Tensor]:
+    numbers: dict[Number, Tensor] = {}
+    if "log_prob" in needs:
+        numbers["log_prob"] = head.log_prob(hidden, labels)
+    if "logsumexp" in needs:
+        numbers["logsumexp"] = head.logsumexp(hidden)
+    return numbers
