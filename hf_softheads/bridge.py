@@ -27,6 +27,7 @@ from hf_softheads.heads.base import Head, LogitTransform
 
 IMPLEMENTATION = "hf_softheads"  # the attention implementation, also the marker in config.json
 _OBSERVER = "softheads_observer"
+_HIDDEN = "softheads_hidden"
 CHILD = "softheads"  # the attention layers' child module that holds a variant and its parameters
 
 
@@ -75,6 +76,7 @@ def attention_forward(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         bias=bias,
+        hidden=getattr(module, _HIDDEN, None),
         causal=causal,
         dropout=dropout if module.training else 0.0,
         observe=getattr(module, _OBSERVER, None),
@@ -83,6 +85,8 @@ def attention_forward(
     if _wants_weights(module, kwargs):
         shown = AttentionMap()
         inputs = inputs.but(observe=shown)
+    if inputs.hidden is not None:
+        setattr(module, _HIDDEN, None)
     if variant is None:
         out = (
             run(Softmax(), {}, inputs)
@@ -123,9 +127,9 @@ def visible(
 
 
 def show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an attention layer: hands the layer's input to its variant."""
+    """Forward pre-hook of an attention layer: keeps the layer's input for `attention_forward`, in the same call."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    module.get_submodule(CHILD).hidden = hidden
+    setattr(module, _HIDDEN, hidden)
 
 
 @contextlib.contextmanager
@@ -169,6 +173,7 @@ def forget_hidden(module: nn.Module) -> None:
         if hook is show_hidden:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module.__dict__.pop(_HIDDEN, None)
 
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_softheads import bridge
-from hf_softheads.attention.base import AttentionVariant, Inputs
+from hf_softheads.attention.base import AttentionSpec, Inputs
 from hf_softheads.attention.blocked import Block
 from hf_softheads.tables import Table
 
@@ -259,9 +259,9 @@ def hidden_state_facts(states: Tensor) -> tuple[list[float], float, float]:
 
 
 def _name(module: nn.Module) -> str:
-    variant = getattr(module, bridge.CHILD, None)
-    if isinstance(variant, AttentionVariant):
-        return variant.spec.name
+    spec = getattr(getattr(module, bridge.CHILD, None), "spec", None)  # also inside PEFT's wrapper
+    if isinstance(spec, AttentionSpec):
+        return spec.name
     return "softmax" if getattr(module, "sinks", None) is None else "learned_sink"
 
 

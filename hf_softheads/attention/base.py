@@ -152,7 +152,6 @@ class AttentionVariant(nn.Module):
     def __init__(self, spec: AttentionSpec, geometry: Geometry):
         super().__init__()
         self.spec, self.geometry = spec, geometry
-        self.hidden: Tensor | None = None  # the layer's input, for one call
         for name, value in spec.init_params(geometry).items():
             self.register_parameter(name, nn.Parameter(value))
 
@@ -168,9 +167,6 @@ class AttentionVariant(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """`(B, H, Q, Dv)` in the query's dtype."""
-        if self.hidden is not None:  # the layer's input, from the hook of this very call
-            inputs = inputs.but(hidden=self.hidden)
-            self.hidden = None
         return run(self.spec, dict(self.named_parameters(recurse=False)), inputs)
 
     def extra_repr(self) -> str:

@@ -246,18 +246,16 @@ def test_the_module_is_the_function(spec: AttentionSpec) -> None:
     module = spec.module(geometry)
     arguments = sample(spec)
     inputs = Inputs(arguments.query, arguments.key, arguments.value, None, 8**-0.5)
+    inputs = inputs.but(hidden=arguments.hidden)
     params = dict(module.named_parameters())
     assert params.keys() == spec.init_params(geometry).keys()
-    module.hidden = arguments.hidden
     out = module(inputs)
-    assert module.hidden is None
     assert torch.equal(out, arguments(params=params))
     with torch.device("meta"):
         empty = spec.module(geometry)
     assert all(p.is_meta for p in empty.parameters())
     empty = empty.to_empty(device="cpu")
     empty.load_state_dict(module.state_dict())
-    empty.hidden = arguments.hidden
     assert torch.equal(out, empty(inputs))
     with torch.no_grad():
         for p in module.parameters():

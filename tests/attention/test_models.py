@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -336,3 +337,25 @@ def test_attention_maps_on_request(spec: AttentionSpec, tokens: Tensor) -> None:
     maps = model(rows, output_attentions=True).attentions
     sh.patch(model, attention=sa.Softmax())
     close(model(rows, output_attentions=True).attentions[1], maps[1], 1e-5)
+
+
+@pytest.mark.parametrize("spec", [KINDS[1], KINDS[2], KINDS[4]], ids=label)
+def test_peft_trains_and_saves_the_variant(
+    spec: AttentionSpec, tokens: Tensor, tmp_path: Any
+) -> None:
+    """LoRA beside a fully trained variant; the adapter brings the variant's parameters back."""
+    model = patched("llama", spec)
+    model.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["softheads"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    before = model(tokens).logits.detach()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(tokens, labels=tokens).loss.backward()
+    moved = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+    assert any(".softheads." in name for name in moved)
+    optimizer.step()
+    want = model.eval()(tokens).logits.detach()
+    assert (want - before).abs().max() > 1e-3
+    model.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    close(PeftModel.from_pretrained(base, tmp_path / "adapter")(tokens).logits, want, 1e-5)
