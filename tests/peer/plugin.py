@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
+
+from hf_softheads import SoftheadsConfig, patch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,13 +21,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
     plan = json.loads(config.getoption("--plan") or "{}")
     if not plan:
         return
-    import hf_softheads as sh
-
     for cls in {c for item in items for c in getattr(item.cls, "all_model_classes", ())}:
-        _patch_when_built(cls, sh.patch, plan)
+        _patch_when_built(cls, plan)
 
 
-def _patch_when_built(cls: type[PreTrainedModel], patch: Any, plan: dict[str, Any]) -> None:
+def _patch_when_built(cls: type[PreTrainedModel], plan: dict[str, Any]) -> None:
     build = cls.__init__
 
     @functools.wraps(build)
@@ -48,6 +49,20 @@ def _patch_when_built(cls: type[PreTrainedModel], patch: Any, plan: dict[str, An
         return None
 
     cls.__init__ = patched  # type: ignore[method-assign]
+    load = cls.from_pretrained.__func__
+
+    @functools.wraps(load)
+    def loaded(asked: type, *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("config")
+        nowhere = not args and kwargs.get("pretrained_model_name_or_path") is None
+        if (nowhere or args[:1] == (None,)) and not hasattr(config, "quantization_config"):
+            # A state dict of a patched model beside a configuration that knows nothing of it.
+            kwargs["config"] = copy.deepcopy(config)
+            own = {k: v for k, v in plan.items() if k != "head" or "LM" in asked.__name__}
+            kwargs["config"].quantization_config = SoftheadsConfig(**own)
+        return load(asked, *args, **kwargs)
+
+    cls.from_pretrained = classmethod(loaded)
 
 
 _building: list[type] = []
