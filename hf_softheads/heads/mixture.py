@@ -1,0 +1,93 @@
+"""Mixture of softmaxes: several distributions from one matrix, against the softmax bottleneck."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.heads.dense import Dense
+
+if TYPE_CHECKING:
+    from hf_softheads.stats import HeadStats
+
+
+@dataclass(frozen=True)
+class Mixture(HeadSpec, name="mixture"):
+    """`p = Σ_k π_k softmax(inner(h_k))`, `h_k = h + tanh(weight_k h)`, `π = softmax(gate h)` (arXiv 1711.03953).
+
+    Logits are `log p`. The paper's `h_k = tanh(W_k h)` is trained from scratch; a retrofit keeps the trained hidden
+    state and adds to it, so that with `weight = 0` it is the inner head (the fit adds a little noise, lest all
+    components stay the same). Costs `components` times the inner head.
+
+    Attributes:
+        components: K.
+        noise: deviation of the entries of `weight` after the fit, times `D**-0.5`.
+        seed: of the noise.
+    """
+
+    components: int = 4
+    noise: float = 0.01
+    seed: int = 0
+    inner: HeadSpec = field(default_factory=Dense)
+
+    @classmethod
+    def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
+        return [cls(components=2)]
+
+    @classmethod
+    def lossless(cls, dim: int, vocab: int) -> HeadSpec | None:
+        return None  # the logits of a mixture are log-probabilities: the distribution is the same, the shift is not
+
+    def check(self, dim: int, vocab: int) -> None:
+        if self.components < 1 or self.noise < 0:
+            raise ValueError(
+                f"mixture asked for {self.components} components and noise {self.noise}; "
+                "at least 1 component and noise ≥ 0 are possible"
+            )
+        self.inner.check(dim, vocab)
+
+    def module(self, dim: int, vocab: int, *, bias: bool = False) -> MixtureHead:
+        inner = self.inner.module(dim, vocab, bias=bias)
+        return MixtureHead(dim, vocab, self.components, inner)
+
+    @torch.no_grad()
+    def fit(
+        self, head: MixtureHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
+    ) -> None:
+        self.inner.fit(head.inner, weight, bias, stats)
+        generator = torch.Generator().manual_seed(self.seed)
+        dim = head.in_features
+        head.weight.copy_(
+            torch.randn(head.weight.shape, generator=generator) * self.noise / dim**0.5
+        )
+        head.gate.zero_()
+
+
+class MixtureHead(Head):
+    """`weight (K, D, D)`, `gate (K, D)`."""
+
+    def __init__(self, dim: int, vocab: int, components: int, inner: Head):
+        super().__init__(dim, vocab)
+        self.weight = nn.Parameter(torch.empty(components, dim, dim))
+        self.gate = nn.Parameter(torch.empty(components, dim))
+        self.inner = inner
+        self.keep_in_fp32 = tuple(f"inner.{name}" for name in inner.keep_in_fp32)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        shares = F.linear(hidden, self.gate).float().log_softmax(-1)
+        total: Tensor | None = None
+        for matrix, share in zip(self.weight, shares.unbind(-1), strict=True):
+            shifted = hidden + F.linear(hidden, matrix).tanh()
+            part = self.inner.scores(shifted).float().log_softmax(-1) + share.unsqueeze(-1)
+            total = part if total is None else torch.logaddexp(total, part)
+        assert total is not None
+        return total
+
+    @property
+    def flops(self) -> int:
+        return len(self.weight) * (self.inner.flops + 2 * self.in_features**2)

@@ -1,0 +1,95 @@
+"""A temperature that depends on the hidden state, on top of any head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.heads.dense import Dense
+
+if TYPE_CHECKING:
+    from hf_softheads.stats import HeadStats
+
+
+@dataclass(frozen=True)
+class Temperature(HeadSpec, name="temperature"):
+    """`logits = inner(h) / τ(h)`, `τ(h) = low + (high - low) σ(out · tanh(weight h / ‖h‖) + shift)`.
+
+    The idea of TempNet (arXiv 2404.04575) with the hidden state instead of the logits as its input, so that it costs
+    `width · D` parameters whatever the vocabulary. Starts at τ = 1 (to 1e-3), so nothing changes until it is
+    trained: alone on held-out text it calibrates, with the robust loss of the paper it learns when to be sure.
+
+    Attributes:
+        width: hidden units.
+        low, high: bounds of the temperature, with 1 between them.
+    """
+
+    width: int = 64
+    low: float = 0.5
+    high: float = 2.0
+    inner: HeadSpec = field(default_factory=Dense)
+
+    @classmethod
+    def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
+        return [cls(width=8)]
+
+    @classmethod
+    def lossless(cls, dim: int, vocab: int) -> HeadSpec:
+        return cls()
+
+    def check(self, dim: int, vocab: int) -> None:
+        if self.width < 1 or not 0 < self.low < 1 < self.high:
+            raise ValueError(
+                f"temperature asked for width {self.width} and bounds {self.low}, {self.high}; "
+                "width ≥ 1 and 0 < low < 1 < high are possible"
+            )
+        self.inner.check(dim, vocab)
+
+    def module(self, dim: int, vocab: int, *, bias: bool = False) -> TemperatureHead:
+        inner = self.inner.module(dim, vocab, bias=bias)
+        return TemperatureHead(dim, vocab, self.width, self.low, self.high, inner)
+
+    @torch.no_grad()
+    def fit(
+        self, head: TemperatureHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
+    ) -> None:
+        self.inner.fit(head.inner, weight, bias, stats)
+        generator = torch.Generator().manual_seed(0)
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator))
+        head.out.copy_(
+            1e-4 * torch.randn(self.width, generator=generator)
+        )  # 0 would stop the gradient
+        share = (1 - self.low) / (self.high - self.low)
+        head.shift.fill_(math.log(share / (1 - share)))
+
+
+class TemperatureHead(Head):
+    """`weight (width, D)`, `out (width,)`, `shift (1,)`."""
+
+    def __init__(self, dim: int, vocab: int, width: int, low: float, high: float, inner: Head):
+        super().__init__(dim, vocab)
+        self.low, self.high = low, high
+        self.weight = nn.Parameter(torch.empty(width, dim))
+        self.out = nn.Parameter(torch.empty(width))
+        self.shift = nn.Parameter(torch.empty(1))
+        self.inner = inner
+        self.keep_in_fp32 = ("out", "shift", *(f"inner.{name}" for name in inner.keep_in_fp32))
+
+    def temperature(self, hidden: Tensor) -> Tensor:
+        """`τ(h)`, `(…, 1)` fp32."""
+        units = F.linear(F.normalize(hidden, dim=-1), self.weight).float().tanh()
+        share = ((units * self.out).sum(-1, keepdim=True) + self.shift).sigmoid()
+        return self.low + (self.high - self.low) * share
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        return self.inner.scores(hidden).float() / self.temperature(hidden)
+
+    @property
+    def flops(self) -> int:
+        return self.inner.flops + 2 * self.weight.numel()
