@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,38 +27,91 @@ def compare(
 ) -> dict[str, dict[str, float]]:
     """Time every candidate once a round, in shuffled order; ratios are taken within a round.
 
+    A sample whose threads had to wait for a core that another process held is dropped: with two threads in a barrier
+    one such wait costs a scheduler slice, fifty times what a small head takes.
+
     Args:
-        cold: read 96 MiB before every sample, so that nothing is left in the caches, as after a model's body ran.
+        rounds: stop when every candidate has so many clean samples.
+        cold: touch 96 MiB before every sample, so that nothing is left in the caches, as after a model's body ran.
         seconds: stop after the round that ends past this.
 
     Returns:
-        `{name: {"ms": median, "ratio": median of baseline ÷ candidate, "low": …, "high": … (quartiles), "rounds": n}}`.
+        `{name: {"ms": median, "ratio": median of baseline ÷ candidate, "low": …, "high": … (quartiles), "rounds": n,
+        "dropped": n}}`.
+
+    Raises:
+        RuntimeError: other processes left fewer than three clean pairs.
     """
     order = random.Random(seed)
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    clean: list[dict[str, float]] = []
+    dropped = dict.fromkeys(candidates, 0)
     for function in candidates.values():
         function()
     began = time.perf_counter()
-    for _ in range(rounds):
+    while min(sum(name in taken for taken in clean) for name in candidates) < rounds:
         names = list(candidates)
         order.shuffle(names)
+        taken: dict[str, float] = {}
         for name in names:
             if cold:
                 _FLUSH.add_(1)
+            waited = _waited()
             start = time.perf_counter()
             candidates[name]()
-            samples[name].append(time.perf_counter() - start)
+            taken[name] = time.perf_counter() - start
+            if _waited() - waited > 0.02 * taken[name]:
+                del taken[name]
+                dropped[name] += 1
+        clean.append(taken)
         if time.perf_counter() - began > seconds:
             break
-    found = {}
-    for name, times in samples.items():
-        ratios = sorted(b / t for b, t in zip(samples[baseline], times, strict=True))
-        quarter = len(ratios) // 4
-        found[name] = {
-            "ms": 1e3 * statistics.median(times),
-            "ratio": statistics.median(ratios),
-            "low": ratios[quarter],
-            "high": ratios[-1 - quarter],
-            "rounds": len(times),
-        }
-    return found
+    return {name: _summary(name, baseline, clean, dropped[name]) for name in candidates}
+
+
+def _summary(
+    name: str, baseline: str, clean: list[dict[str, float]], dropped: int
+) -> dict[str, float]:
+    pairs = [
+        (taken[baseline], taken[name]) for taken in clean if baseline in taken and name in taken
+    ]
+    if len(pairs) < 3:
+        raise RuntimeError(
+            f"{name}: {dropped} of {len(clean)} samples waited for a core; the machine is too busy"
+        )
+    ratios = sorted(base / mine for base, mine in pairs)
+    quarter = len(ratios) // 4
+    return {
+        "ms": 1e3 * statistics.median(taken[name] for taken in clean if name in taken),
+        "ratio": statistics.median(ratios),
+        "low": ratios[quarter],
+        "high": ratios[-1 - quarter],
+        "rounds": len(ratios),
+        "dropped": dropped,
+    }
+
+
+def _waited() -> float:
+    """Seconds that this process's threads have been runnable without a core; 0 where the system does not say."""
+    total = 0
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            total += int(task.read_text().split()[1])
+    return total / 1e9
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[dict[str, int]]:
+    """Measure the growth of the resident size at its peak: `{"bytes": …}` after the block. Linux only."""
+    found: dict[str, int] = {}
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present size
+    before = _status("VmRSS")
+    yield found
+    found["bytes"] = max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
