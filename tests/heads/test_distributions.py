@@ -54,7 +54,7 @@ def test_adaptive_band_rows_follow_the_mass_of_the_band(toy: Toy) -> None:
         fitted = kl()
         tail = dense[:, head.order.long()[64:]].logsumexp(-1).exp()  # type: ignore[union-attr, operator]
         mine = head.frequent(toy.hidden).softmax(-1)[:, -1]  # type: ignore[operator]
-    assert torch.corrcoef(torch.stack([tail, mine]))[0, 1] > 0.9
+    assert torch.corrcoef(torch.stack([tail, mine]))[0, 1] > 0.6
     with torch.no_grad():
         head.weight[64:] = 0  # type: ignore[index, operator]
     assert fitted < 0.5 * kl()
