@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import compare
+from timing import compare, peak_memory
 
 import hf_softheads as sh
 from hf_softheads.kmeans import kmeans
@@ -65,10 +64,9 @@ def log_prob_memory(codes: int) -> None:
     hidden, labels = torch.randn(TOKENS, DIM).bfloat16(), torch.randint(VOCAB, (TOKENS,))
     with torch.inference_mode():
         head.log_prob(hidden[:16], labels[:16])
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        head.log_prob(hidden, labels)
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps((after - before) * 1024))
+        with peak_memory() as peak:
+            head.log_prob(hidden, labels)
+    print(json.dumps(peak["bytes"]))
 
 
 def kmeans_time() -> dict[str, Any]:
@@ -77,17 +75,16 @@ def kmeans_time() -> dict[str, Any]:
     centers = torch.randn(2048, 1024, generator=generator)
     chosen = torch.randint(2048, (151_936,), generator=generator)
     points = centers[chosen] + 0.7 * torch.randn(151_936, 1024, generator=generator)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    kmeans(points, 4096, seed=0)
+    with peak_memory() as peak:
+        kmeans(points, 4096, seed=0)
     seconds = time.perf_counter() - start
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {
         "points": 151_936,
         "dim": 1024,
         "codes": 4096,
         "seconds": seconds,
-        "peak_growth": grown * 1024,
+        "peak_growth": peak["bytes"],
         "points_bytes": points.numel() * 4,
     }
 
