@@ -2,9 +2,9 @@
 
     python benchmarks/attention.py            # about six minutes; writes benchmarks/results/attention.json and .png
 
-Speed: batch 1, 16 heads of 64, causal, fp32, CPU time of one thread; ratio to `scaled_dot_product_attention` in the same
-process, forward and forward + backward. Quality: perplexity of the embedded model on held-out text when the variant replaces the softmax of
-every layer without any training, and its attention sinks.
+Speed: batch 1, 16 heads of 64, causal, fp32, CPU time of one thread; ratio to `scaled_dot_product_attention` in the
+same process, forward and forward + backward. Quality: perplexity of the embedded model on held-out text when the
+variant replaces the softmax of every layer without any training, and its attention sinks.
 """
 
 from __future__ import annotations
