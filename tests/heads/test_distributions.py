@@ -54,7 +54,7 @@ def test_adaptive_band_rows_follow_the_mass_of_the_band(toy: Toy) -> None:
             head.weight[64:] *= scale  # type: ignore[index, operator]
             kls.append((dense.exp() * (dense - head(toy.hidden))).sum(-1).mean())
     assert torch.corrcoef(torch.stack([tail, mine]))[0, 1] > 0.6
-    assert kls[0] < 0.5 * kls[1]
+    assert kls[0] < 0.7 * kls[1]
 
 
 @pytest.mark.parametrize(
