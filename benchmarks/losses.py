@@ -115,7 +115,6 @@ METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Loss]] = {
     "F.linear_cross_entropy, chunked": torch_chunked,
     "cut_cross_entropy, torch_compile": cut,
     "Objective: cross-entropy": objective({"cross_entropy": 1.0}),
-    "Objective: cross-entropy + z-loss": objective({"cross_entropy": 1.0, "z_loss": 1e-4}),
     "Objective: spherical z-loss, Gram matrix": objective({"spherical_z": 1.0}),
     "Objective: VQ head, C = V/16": vq(16),
     "Objective: VQ head, C = V/100": vq(100),
@@ -196,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     rounds = parser.parse_args().rounds
     order = random.Random(0)
     names = [name for name in METHODS if available(name)]
