@@ -24,7 +24,6 @@ class TopK(AttentionSpec, name="top_k"):
 
     k: int = 64
     exact_zeros: ClassVar[bool] = True
-    training_free: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.k < 1:
