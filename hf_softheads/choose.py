@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_softheads import bridge
-from hf_softheads.headless import base_model
+from hf_softheads.bridge import base_model
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.transform_coded import TransformCoded
 from hf_softheads.registry import variants

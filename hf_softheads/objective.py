@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from hf_softheads.bridge import Reader
-from hf_softheads.chunked import widened
-from hf_softheads.headless import (
+from hf_softheads.bridge import (
     Function,
+    Reader,
     base_model,
     check_transform,
     head_as,
     output_head,
     vocabulary,
 )
+from hf_softheads.chunked import widened
 from hf_softheads.losses.base import HiddenLoss, LossSpec
 from hf_softheads.losses.cross_entropy import CrossEntropy
 from hf_softheads.registry import spec_from_dict

@@ -225,10 +225,8 @@ def original_of(model: PreTrainedModel) -> Original:
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model, also inside a PEFT model. Raises TypeError if there is none."""
-    inner: Any = model
-    if hasattr(inner, "get_base_model"):
-        inner = inner.getbase_model()
+    """The transformers model inside any wrapper. Raises TypeError if there is none."""
+    inner = bridge.base_model(model)
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
     return inner

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_softheads.bridge import Reader
-from hf_softheads.headless import base_model
+from hf_softheads.bridge import Reader, base_model
 from hf_softheads.losses.base import LossSpec
 from hf_softheads.losses.kl import KL
 from hf_softheads.objective import Objective

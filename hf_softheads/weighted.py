@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_softheads.bridge import Function
 from hf_softheads.chunked import Scorer, blocks, candidate_logits, chunks, widened
-from hf_softheads.headless import Function
 from hf_softheads.heads.base import Head, LogitTransform
 from hf_softheads.heads.dense import DenseHead
 from hf_softheads.losses.base import HiddenLoss, LossSpec, Number, SampledLoss, SummaryLoss

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_softheads as sh
+from hf_softheads.bridge import output_head, vocabulary
 from hf_softheads.embedded import NAME as EMBEDDED
 from hf_softheads.embedded import load_embedded
-from hf_softheads.headless import output_head, vocabulary
 from hf_softheads.results import write_json
 
 if TYPE_CHECKING:

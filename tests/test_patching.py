@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_softheads as sh
@@ -104,6 +105,16 @@ def test_weights_that_are_not_there():
         sh.patch(model, head=sh.heads.Dense())
     with pytest.raises(ValueError, match="not in memory"):
         sh.patch(model, attention="softmax")
+
+
+def test_under_an_existing_adapter(model, tokens):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, lora)
+    before = adapted(input_ids=tokens).logits
+    assert sh.patch(adapted, head="dense", attention="softmax") is adapted
+    torch.testing.assert_close(adapted(input_ids=tokens).logits, before, atol=2e-5, rtol=1e-5)
+    assert "dense" in str(sh.describe(adapted))
+    torch.testing.assert_close(sh.unpatch(adapted)(input_ids=tokens).logits, before)
 
 
 def test_something_that_is_no_model():

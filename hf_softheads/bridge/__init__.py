@@ -1,0 +1,60 @@
+"""The only package that knows the inside of transformers.
+
+`attention`: the registered implementation, its mask, the layers. `heads`: the output embedding, hidden states, what a
+family does to its logits. `adoption`: the class of a patched model, and the loss inside its head. Nothing is assigned
+into a transformers class.
+"""
+
+from hf_softheads.bridge.adoption import Adopted, adopt, disown
+from hf_softheads.bridge.attention import (
+    CHILD,
+    IMPLEMENTATION,
+    attention_forward,
+    attention_layers,
+    forget_hidden,
+    geometry,
+    observed,
+    show_hidden,
+    take_sinks,
+    visible,
+)
+from hf_softheads.bridge.heads import (
+    Function,
+    Reader,
+    active_head,
+    base_model,
+    check_transform,
+    find_head,
+    head_as,
+    logit_transform,
+    output_head,
+    text_config,
+    vocabulary,
+)
+
+__all__ = [
+    "CHILD",
+    "IMPLEMENTATION",
+    "Adopted",
+    "Function",
+    "Reader",
+    "active_head",
+    "adopt",
+    "attention_forward",
+    "attention_layers",
+    "base_model",
+    "check_transform",
+    "disown",
+    "find_head",
+    "forget_hidden",
+    "geometry",
+    "head_as",
+    "logit_transform",
+    "observed",
+    "output_head",
+    "show_hidden",
+    "take_sinks",
+    "text_config",
+    "visible",
+    "vocabulary",
+]

@@ -1,0 +1,217 @@
+"""transformers' attention interface: one registered implementation, its mask, and the layers that call it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from hf_softheads.attention.base import AttentionVariant, Geometry, Inputs, run
+from hf_softheads.attention.blocked import AttentionMap, Observer
+from hf_softheads.attention.learned_sink import LearnedSink
+from hf_softheads.attention.softmax import Softmax
+
+IMPLEMENTATION = "hf_softheads"  # the attention implementation, also the marker in config.json
+CHILD = "softheads"  # the attention layers' child module that holds a variant and its parameters
+_OBSERVER = "softheads_observer"
+_HIDDEN = "softheads_hidden"
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls in every attention layer: query `(B,H,Q,D)` to `(B,Q,H,Dv)`.
+
+    A layer without a variant computes ordinary softmax attention, with the layer's soft cap and sinks. The second value
+    is the attention map where `output_attentions` asks for it.
+
+    Raises:
+        NotImplementedError: the layer has sinks and its variant has none.
+    """
+    variant = getattr(module, CHILD, None)
+    sinks = kwargs.get("s_aux")
+    if sinks is not None and variant is not None and not variant.spec.takes_sinks:
+        raise NotImplementedError(
+            f"{type(module).__name__} has learned attention sinks (s_aux), which {variant.spec.name} would ignore; "
+            "patch it with `learned_sink`, which starts from them"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    keep, bias = visible(attention_mask, query, key, causal)
+    position_bias = kwargs.get("position_bias")
+    if position_bias is not None:
+        bias = position_bias if bias is None else bias + position_bias
+    if keep is None and causal and key.shape[2] > query.shape[2] > 1:
+        # a static cache being filled: the mask is implied and only the first Q entries are written
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    inputs = Inputs(
+        query=query,
+        key=key,
+        value=value,
+        keep=keep,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
+        bias=bias,
+        hidden=getattr(module, _HIDDEN, None),
+        causal=causal,
+        dropout=dropout if module.training else 0.0,
+        observe=getattr(module, _OBSERVER, None),
+    )
+    shown = None
+    if _wants_weights(module, kwargs):
+        shown = AttentionMap()
+        inputs = inputs.but(observe=shown)
+    if inputs.hidden is not None:
+        setattr(module, _HIDDEN, None)
+    if variant is None:
+        out = (
+            run(Softmax(), {}, inputs)
+            if sinks is None
+            else run(LearnedSink(), {"sinks": sinks}, inputs)
+        )
+    else:
+        probe = getattr(variant, "probe", None)
+        if probe is not None:
+            probe.append({name for name, given in kwargs.items() if given is not None})
+        out = variant(inputs)
+    return out.transpose(1, 2).contiguous(), None if shown is None else shown.whole
+
+
+def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get("output_attentions")
+    if asked is None:
+        asked = getattr(getattr(module, "config", None), "output_attentions", False)
+    return bool(asked)
+
+
+def visible(
+    mask: Tensor | None, query: Tensor, key: Tensor, causal: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """`(keep, bias)` from any mask a model may pass: None, boolean, or additive (`finfo.min` means hidden).
+
+    `keep` None means causal with offset `K − Q`, which for one query is everything.
+    """
+    if mask is None:
+        if causal:
+            return None, None
+        return torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=query.device), None
+    mask = mask[..., : key.shape[2]]
+    if mask.dtype == torch.bool:
+        return mask, None
+    keep = mask > torch.finfo(mask.dtype).min / 2
+    return keep, mask.masked_fill(~keep, 0.0)
+
+
+def show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an attention layer: keeps the layer's input for `attention_forward`, in the same call."""
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    setattr(module, _HIDDEN, hidden)
+
+
+@contextlib.contextmanager
+def observed(model: PreTrainedModel, observers: Mapping[int, Observer]) -> Iterator[None]:
+    """Inside, every attention layer shows its weights to the observer of its index, patched or not.
+
+    Raises:
+        ValueError: the family computes its attention itself.
+    """
+    layers = attention_layers(model)
+    if not layers or not model._can_set_attn_implementation():
+        raise ValueError(
+            f"{type(model).__name__} ({model.config.model_type}) computes its attention itself instead of through "
+            "transformers' attention interface, so its weights cannot be seen"
+        )
+    before = model.config._attn_implementation
+    try:
+        for index, observer in observers.items():
+            setattr(layers[index][1], _OBSERVER, observer)
+        if before != IMPLEMENTATION:
+            model.set_attn_implementation(IMPLEMENTATION)
+        yield
+    finally:
+        for index in observers:
+            layers[index][1].__dict__.pop(_OBSERVER, None)
+        if before != IMPLEMENTATION:
+            model.set_attn_implementation(before)
+
+
+def take_sinks(module: nn.Module, variant: AttentionVariant) -> None:
+    """Start a variant that takes them from the attention sinks `(H,)` that the layer was trained with."""
+    sinks = getattr(module, "sinks", None)
+    if variant.spec.takes_sinks and isinstance(sinks, Tensor):
+        with torch.no_grad():
+            variant.get_parameter("sinks").copy_(sinks)
+
+
+def forget_hidden(module: nn.Module) -> None:
+    """Take `show_hidden` off again."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is show_hidden:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module.__dict__.pop(_HIDDEN, None)
+
+
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def attention_layers(model: nn.Module) -> dict[int, tuple[str, Any]]:
+    """`{index: (path, module)}` of the self-attention layers that call the attention interface, in order."""
+    found: dict[int, tuple[str, Any]] = {}
+    for path, module in model.named_modules():
+        if not _calls_interface(module.__class__) or getattr(module, "is_cross_attention", False):
+            continue
+        if "cross" in path.rpartition(".")[2].lower():
+            continue
+        index = getattr(module, "layer_idx", None)
+        found[len(found) if index is None or index in found else index] = (path, module)
+    return dict(sorted(found.items()))
+
+
+@functools.cache
+def _calls_interface(cls: Any) -> bool:
+    try:
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(cls.forward)
+    except (OSError, TypeError):
+        return False
+
+
+def geometry(model: PreTrainedModel, index: int, module: Any) -> Geometry:
+    """Heads, sizes and index of one attention layer, as a variant's parameters need them.
+
+    Raises:
+        ValueError: the layer's configuration does not say.
+    """
+    config = getattr(module, "config", None) or model.config
+    config = config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
+    if heads is None or hidden is None:
+        raise ValueError(
+            f"{type(model).__name__} does not say its number of heads and hidden size in its config; "
+            "the geometry that the variant's parameters need is unknown"
+        )
+    return Geometry(
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(module, "head_dim", None)
+        or getattr(config, "head_dim", None)
+        or hidden // heads,
+        hidden_size=hidden,
+        layer_idx=index,
+    )
