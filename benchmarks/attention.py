@@ -89,7 +89,7 @@ def speeds(seconds: float) -> list[dict[str, Any]]:
             timed = compare(
                 candidates(length, train),
                 BASELINE,
-                rounds=5,
+                rounds=3,
                 seconds=seconds,
                 cold=False,
                 clock=time.thread_time,
@@ -103,11 +103,11 @@ def speeds(seconds: float) -> list[dict[str, Any]]:
 def quality() -> list[dict[str, Any]]:
     model, tokenizer = load_embedded()
     held_out = windows(stdlib_documents("heldout"), tokenizer, window=512)
-    rows = held_out.input_ids[:24]
+    rows = held_out.input_ids[:12]
 
     def loss() -> float:
         with torch.no_grad():
-            return sum(float(model(part, labels=part).loss) for part in rows.split(4)) / 6
+            return sum(float(model(part, labels=part).loss) for part in rows.split(4)) / 3
 
     base = loss()
     cases: list[tuple[AttentionSpec, list[int] | None]] = [
@@ -124,7 +124,7 @@ def quality() -> list[dict[str, Any]]:
         torch.manual_seed(0)
         sh.patch(model, attention=spec, layers=layers)
         ratio = math.exp(loss() - base)
-        facts = sh.diagnose(model, rows[:8])
+        facts = sh.diagnose(model, rows[:4])
         sh.unpatch(model)
         entropy = [h for layer in facts.relative_entropy for h in layer]
         found.append(
@@ -143,7 +143,7 @@ def quality() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=90, help="for each of four timings")
+    parser.add_argument("--seconds", type=float, default=120, help="at most, for each of four timings")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
