@@ -1,0 +1,90 @@
+"""Every head variant inside a model: patch, train, save, load, generate."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import hf_softheads as sh
+from hf_softheads.heads.base import HeadSpec
+from hf_softheads.registry import variants
+
+NAMES = sorted(variants("head"))
+VOCAB, DIM = 512, 32
+
+
+@pytest.fixture(scope="module")
+def dense() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=DIM,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(1, VOCAB, (24, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def stats(dense: Any, tokens: torch.Tensor) -> sh.HeadStats:
+    return sh.collect(dense, tokens)
+
+
+def middle(name: str) -> HeadSpec:
+    ladder = variants("head")[name].ladder(DIM, VOCAB)  # type: ignore[attr-defined]
+    spec: HeadSpec = ladder[len(ladder) // 2]
+    return spec
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_saves_loads_and_generates(
+    name: str, dtype: torch.dtype, dense: Any, tokens: torch.Tensor, stats: Any, tmp_path: Path
+) -> None:
+    dense.save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
+    sh.patch(model, head=middle(name), stats=stats).save_pretrained(tmp_path / "patched")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "patched", dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    prompt = tokens[:2, :5]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(loaded.generate(prompt, **options), model.generate(prompt, **options))
+    for name_, tensor in model.get_output_embeddings().state_dict().items():
+        other = loaded.get_output_embeddings().state_dict()[name_]
+        assert tensor.dtype == other.dtype, name_
+        assert torch.equal(tensor, other), name_
+    assert str(middle(name).name) in str(sh.describe(loaded))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_without_logits_and_repairs(
+    name: str, dense: Any, tokens: torch.Tensor, stats: Any
+) -> None:
+    model = sh.patch(copy.deepcopy(dense), head=middle(name), stats=stats).train()
+    out = model(tokens[:4], labels=tokens[:4])
+    model.eval()
+    plain = model(tokens[:4], labels=tokens[:4])
+    torch.testing.assert_close(out.loss, plain.loss, rtol=1e-3, atol=1e-4)
+    out.loss.backward()
+    assert all(p.grad is not None for p in model.get_output_embeddings().parameters())
+    model.zero_grad()
+    repair = sh.repair_head(model, sh.dense_head(model), tokens, steps=20, batch_size=256, lr=3e-4)
+    assert repair.last < repair.first + 0.02
