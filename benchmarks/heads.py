@@ -1,6 +1,6 @@
 """Quality against size for every head, fitted without training, and after distillation for those that promise most.
 
-    python benchmarks/heads.py                 # writes benchmarks/results/heads.json and heads.png
+    python benchmarks/heads.py                     # writes benchmarks/results/heads.json and .png; continues if killed
     python benchmarks/heads.py --repair-steps 0    # the fits alone, a few minutes on two cores
 
 On the embedded model, held-out modules of the standard library: ratio of strict perplexity to the dense head, KL and
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
+import json
 import math
 import time
 from pathlib import Path
@@ -89,6 +91,11 @@ class Judge:
         self.weight, self.hidden, self.labels = weight, hidden, labels
         self.dense = [F.linear(h, weight).log_softmax(-1) for h in hidden.split(1024)]
 
+    def identity(self) -> str:
+        """Differs where the matrix or the hidden states do."""
+        tensors = (self.weight, self.hidden, self.labels)
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()[:16]
+
     @torch.no_grad()
     def __call__(self, head: Any) -> dict[str, float]:
         loss = gain = kl = agreement = 0.0
@@ -160,7 +167,8 @@ def main() -> None:
     vocab, dim = weight.shape
     judge = Judge(weight, torch.cat(parts)[labels != -100], labels[labels != -100])
 
-    rows: list[dict[str, Any]] = []
+    rows = resumed(judge)
+    done = [(row["variant"], row["spec"], row["repair_steps"]) for row in rows]
 
     def record(label: str, spec: Any, head: Any, seconds: float, steps: int) -> None:
         row = {
@@ -180,13 +188,15 @@ def main() -> None:
         save(rows, arguments.seed, judge)
 
     for label, spec, informed in candidates(dim, vocab):
+        if (label, spec.to_dict(), 0) in done:
+            continue
         spec.check(dim, vocab)
         head = spec.module(dim, vocab)
         began = time.perf_counter()
         spec.fit(head, weight, None, stats if informed else None)
         record(label, spec, head, time.perf_counter() - began, 0)
     if arguments.repair_steps:
-        for spec, lr in (
+        for spec, lr in (  # small scales want small steps
             (TransformCoded(2.25), 2e-4),
             (TransformCoded(1.1, dim * 3 // 4), 2e-4),
             (ProductVQ(dim // 8), 1e-3),
@@ -214,6 +224,16 @@ def main() -> None:
     )
 
 
+def resumed(judge: Judge) -> list[dict[str, Any]]:
+    """What an interrupted run on the same matrix and the same hidden states has measured."""
+    path = RESULTS / "heads.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    rows: list[dict[str, Any]] = found["rows"] if found.get("judge", judge.identity()) == judge.identity() else []
+    return rows
+
+
 def save(rows: list[dict[str, Any]], seed: int, judge: Judge) -> None:
     write_json(
         RESULTS / "heads.json",
@@ -222,6 +242,7 @@ def save(rows: list[dict[str, Any]], seed: int, judge: Judge) -> None:
             "data": "held-out modules of the standard library",
             "states": len(judge.labels),
             "dense_shape": list(judge.weight.shape),
+            "judge": judge.identity(),
             "rows": rows,
             "provenance": provenance(seed),
         },
