@@ -7,6 +7,7 @@ model.save_pretrained("out")  # loads with AutoModelForCausalLM.from_pretrained 
 
 from hf_softheads import attention, bridge, data, embedded, heads, losses
 from hf_softheads.checkpoint import SoftheadsQuantizer as _SoftheadsQuantizer  # noqa: F401 - registers itself
+from hf_softheads.choose import Choice, choose
 from hf_softheads.config import SoftheadsConfig
 from hf_softheads.description import describe
 from hf_softheads.diagnostics import Diagnostics, diagnose
@@ -20,6 +21,7 @@ from hf_softheads.stats import HeadStats, collect
 __version__ = "0.1.0"
 
 __all__ = [
+    "Choice",
     "Diagnostics",
     "Evaluation",
     "HeadStats",
@@ -28,6 +30,7 @@ __all__ = [
     "SoftheadsConfig",
     "attention",
     "bridge",
+    "choose",
     "collect",
     "data",
     "dense_head",
