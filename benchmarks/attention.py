@@ -143,7 +143,9 @@ def quality() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=120, help="at most, for each of four timings")
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="at most, for each of four timings"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
