@@ -63,7 +63,8 @@ def speed_table() -> str:
     clusters = found["kmeans"]
     return (
         f"{table.markdown()}\n\nV={found['vocab']:,}, D={found['dim']:,}, bf16, random weights, cold caches, in one "
-        f"process. `log_prob` of {found['tokens']:,} tokens at C=V/100 takes {human_bytes(memory['peak_growth'])} at its "
+        f"process. `log_prob` of {found['tokens']:,} tokens at C=V/100 takes "
+        f"{human_bytes(memory['peak_growth'])} at its "
         f"peak, {share:.0f} times less than the dense logits. k-means for {clusters['points']:,} rows of "
         f"{clusters['dim']:,} and {clusters['codes']:,} codes: {clusters['seconds']:.0f} s. {_where(found)}"
     )
