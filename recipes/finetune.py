@@ -169,6 +169,9 @@ def run(experiment: Finetune, output: Path) -> dict[str, Any]:
     batches = preparing.training_batches(experiment, tokenizer, rank * share, share)
     held_out = preparing.evaluation_rows(experiment, tokenizer)
     model, optimizer = accelerator.prepare(model, optimizer)
+    trained = [
+        p for p in model.parameters() if p.requires_grad
+    ]  # FSDP2 has put others in their place
     goal = sh.Objective(model, experiment.weighted_losses(), teacher)  # type: ignore[arg-type]
 
     folder = output / "checkpoints"
@@ -218,7 +221,8 @@ def run(experiment: Finetune, output: Path) -> dict[str, Any]:
                 done % experiment.eval_every == 0 or done == experiment.steps
             ):
                 entry["held_out"] = held_out_loss(model, held_out, micro, accelerator)
-                tqdm.write(json.dumps(entry)) if rank == 0 else None
+                if rank == 0:
+                    tqdm.write(json.dumps(entry))
             curve.append(entry)
             accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=done)
             bar.set_postfix(loss=f"{value:.4f}", refresh=False)
