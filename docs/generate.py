@@ -70,6 +70,86 @@ def speed_table() -> str:
     )
 
 
+_BASELINES = ("round to nearest", "product_vq, plain", "truncated SVD", "vq, published")
+
+
+def frontier_table() -> str:
+    """The best head within each budget beside the best plain baseline of the same run, from `heads.json`."""
+    found = _results("heads")
+    table = Table(
+        [
+            "bits a weight, all in",
+            "best head",
+            "perplexity ÷ dense",
+            "top-1",
+            "best baseline",
+            "÷ dense",
+        ]
+    )
+    rows = [row for row in found["rows"] if row["variant"] != "screened"]  # it keeps the exact rows
+    for budget in (1.1, 2.25, 3.25, 4.5, 8.1):
+        inside = [row for row in rows if row["bits"] <= budget]
+        best = min((r for r in inside if r["variant"] not in _BASELINES), key=lambda r: r["ratio"])
+        plain = min((r for r in inside if r["variant"] in _BASELINES), key=lambda r: r["ratio"])
+        table.add(
+            f"≤ {budget}",
+            f"{best['variant']} ({best['bits']:.2f})",
+            f"{best['ratio']:.4f}",
+            f"{best['top1_agreement']:.1%}",
+            f"{plain['variant']} ({plain['bits']:.2f})",
+            f"{plain['ratio']:.4f}",
+        )
+    lean = min(
+        (r for r in rows if r["parameter_share"] <= 0.01),
+        key=lambda r: r["ratio"] + r["bits"] / 100,
+    )
+    screened = max(
+        (r for r in found["rows"] if r["variant"] == "screened"), key=lambda r: r["top1_agreement"]
+    )
+    return (
+        f"{table.markdown()}\n\nWith {1 - lean['parameter_share']:.1%} of the floating-point parameters gone, as the "
+        f"VQ-Logits paper counts, `{lean['variant']}` is at {lean['ratio']:.4f} ({lean['bits']:.1f} bits of integer "
+        "codes a weight: parameters are the wrong unit). `screened` agrees with the fp32 head on "
+        f"{screened['top1_agreement']:.2%} of the greedy tokens, reads {screened['bits_read'] / 16:.1%} of the bf16 "
+        f"head's bytes and has normalised probabilities ({screened['ratio']:.4f}). {_where(found)}"
+    )
+
+
+def heads_table() -> str:
+    """Every head of `heads.json`."""
+    found = _results("heads")
+    table = Table(
+        ["head", "bits stored", "bits read", "parameters", "perplexity ÷ dense", "KL", "top-1"]
+    )
+    for row in sorted(
+        found["rows"], key=lambda row: (row["variant"], row["bits"], row["repair_steps"])
+    ):
+        table.add(
+            row["variant"],
+            f"{row['bits']:.2f}",
+            f"{row['bits_read']:.2f}",
+            f"{row['parameter_share']:.1%}",
+            f"{row['ratio']:.4f}",
+            f"{row['kl']:.4f}",
+            f"{row['top1_agreement']:.1%}",
+        )
+    return f"{table.markdown()}\n\n{_where(found, '../')}"
+
+
+def head_speed_table() -> str:
+    """Decoding steps of the heads at the size of a 1 B model's head, from `head_speed.json`."""
+    found = _results("head_speed")
+    table = Table(["head", *(f"{batch.replace('_', ' ')}" for batch in found["speed"])])
+    names = dict.fromkeys(name for rows in found["speed"].values() for name in rows)
+    for name in names:
+        timed = (rows.get(name) for rows in found["speed"].values())
+        table.add(name, *("–" if row is None else f"{row['ratio']:.1f}×" for row in timed))
+    return (
+        f"{table.markdown()}\n\nRatio to the dense bf16 product, {found['clock']}, V={found['shape'][0]:,}, "
+        f"D={found['shape'][1]:,}, kernels: {found['kernel']}. {_where(found, '../')}"
+    )
+
+
 def attention_table() -> str:
     """Every attention variant, from the docstrings and tags of its class."""
     columns = ["name", "formula", "source", "sums to one", "exact zeros", "sinks", "training-free"]
@@ -107,7 +187,7 @@ def attention_speed_table() -> str:
             ratio, sinks = row["perplexity_ratio"], row["sink_rate"]
             facts = [f"{ratio:.3f}", f"{sinks:.0f} %", f"{row['zeros']:.0%}"]
         table.add(f"`{name}`" if row else name, *(f"{ratios[s]:.2f}" for s in sizes), *facts)
-    return f"{table.markdown()}\n\n{_where(found)}"
+    return f"{table.markdown()}\n\n{_where(found, '../')}"
 
 
 def _docstring(cls: type) -> tuple[str, str]:
@@ -122,11 +202,11 @@ def _results(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def _where(found: Any) -> str:
+def _where(found: Any, up: str = "") -> str:
     origin = found["provenance"]
     machine, versions = origin["machine"], origin["versions"]
     return (
-        f"([{found.get('file', 'results')}](benchmarks/results), {machine['cores']} cores {machine['cpu']}, "
+        f"([results]({up}benchmarks/results), {machine['cores']} cores {machine['cpu']}, "
         f"torch {versions['torch']}, transformers {versions['transformers']})"
     )
 
@@ -134,6 +214,9 @@ def _where(found: Any) -> str:
 BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "vq": (ROOT / "README.md", vq_table),
     "speed": (ROOT / "README.md", speed_table),
+    "frontier": (ROOT / "README.md", frontier_table),
+    "heads": (ROOT / "docs" / "heads.md", heads_table),
+    "head speed": (ROOT / "docs" / "heads.md", head_speed_table),
     "attention": (ROOT / "docs" / "variants.md", attention_table),
 }
 
