@@ -230,7 +230,9 @@ def resumed(judge: Judge) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = json.loads(path.read_text())
-    rows: list[dict[str, Any]] = found["rows"] if found.get("judge", judge.identity()) == judge.identity() else []
+    rows: list[dict[str, Any]] = (
+        found["rows"] if found.get("judge", judge.identity()) == judge.identity() else []
+    )
     return rows
 
 

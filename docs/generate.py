@@ -218,6 +218,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "heads": (ROOT / "docs" / "heads.md", heads_table),
     "head speed": (ROOT / "docs" / "heads.md", head_speed_table),
     "attention": (ROOT / "docs" / "variants.md", attention_table),
+    "attention speed": (ROOT / "docs" / "variants.md", attention_speed_table),
 }
 
 
