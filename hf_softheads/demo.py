@@ -23,6 +23,7 @@ from hf_softheads.description import describe
 from hf_softheads.embedded import load_embedded
 from hf_softheads.evaluation import evaluate
 from hf_softheads.heads.base import Head
+from hf_softheads.heads.transform_coded import TransformCoded
 from hf_softheads.heads.vq import VQ, VQHead
 from hf_softheads.patching import dense_head, patch
 from hf_softheads.plots import plot_stages
@@ -91,6 +92,8 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     steps = 20 if quick else 400
     repair_head(model, dense_head(model), train.input_ids, steps=steps, seed=seed)
     measure("… repaired + distilled", model)
+    coded = TransformCoded(bits=2.25)
+    measure("transform_coded, that size", patch(copy.deepcopy(dense), head=coded, stats=stats))
 
     exported = output / f"tiny-vq{codes}"
     shutil.rmtree(exported, ignore_errors=True)

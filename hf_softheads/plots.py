@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 
 def plot_stages(stages: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> Path:
@@ -46,18 +47,28 @@ def plot_frontier(
     Args:
         points: dictionaries with `variant`, `ratio` and the size under the name `x`.
     """
-    figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
-    for variant in sorted({point["variant"] for point in points}):
+    figure, axes = plt.subplots(figsize=(9.0, 4.6), layout="constrained")
+    styles = itertools.cycle(
+        (color, marker) for marker in "osD^" for color in (f"C{i}" for i in range(7))
+    )
+    for variant, (color, marker) in zip(
+        sorted({p["variant"] for p in points}), styles, strict=False
+    ):
         own = sorted((p for p in points if p["variant"] == variant), key=lambda p: p[x])
-        axes.plot([p[x] for p in own], [p["ratio"] for p in own], marker="o", ms=4, label=variant)
+        sizes, ratios = [p[x] for p in own], [p["ratio"] for p in own]
+        axes.plot(sizes, ratios, color=color, marker=marker, ms=5, label=variant)
     axes.axhline(1.0, color="#4c566a", lw=1)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(xlabel)
     axes.set_ylabel("perplexity ÷ dense (log scale)")
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return _save(figure, path)
 
 
