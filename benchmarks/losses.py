@@ -172,9 +172,13 @@ def child(name: str, what: str) -> Any:
 def plot(rows: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
     for number, (name, row) in enumerate(rows.items()):
-        color = "#bf616a" if name.startswith("Objective") else "#4c566a"
+        ours = name.startswith("Objective")
+        color = "#bf616a" if ours else "#4c566a"
         axes.scatter(row["mib"], row["time"], color=color, s=24)
-        place = (4, -9 if number % 3 == 1 else 3)  # neighbours on different sides of their points
+        place = (
+            4,
+            3 if ours or number % 3 != 1 else -9,
+        )  # neighbours on different sides of their points
         point = (row["mib"], row["time"])
         axes.annotate(name, point, fontsize=7, xytext=place, textcoords="offset points")
     axes.set(
