@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_softheads.heads.base import Head
 from hf_softheads.tables import Table, human_bytes
 
 TEMPLATE = Path(__file__).parent / "assets" / "card.md"
@@ -67,7 +69,6 @@ def write_card(folder: str | Path, results: Mapping[str, Any]) -> Path:
         table=stage_table(stages).markdown() if stages else "Nothing was measured.",
         sizes=_size_table(results.get("sizes") or {}),
         data=data,
-        tied=bool((results.get("sizes") or {}).get("untied_embedding")),
         provenance_json=json.dumps(results.get("provenance", {}), indent=1),
     )
     target = folder / "README.md"
@@ -78,11 +79,11 @@ def write_card(folder: str | Path, results: Mapping[str, Any]) -> Path:
 
 
 def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
-    """The quality of each stage of a retrofit, as the card, the demo and the README show it."""
+    """The quality of each stage of a retrofit, the first one the dense model, as the card and the demo show it."""
     table = Table(
         ["head", "perplexity", "ratio", "floor", "KL", "top-1", "parameters ÷", "bytes ÷"]
     )
-    dense = next((s["perplexity"] for s in stages if s["name"] == "dense"), None)
+    dense = stages[0]["perplexity"] if stages else None
     for stage in stages:
         table.add(
             stage["name"],
@@ -95,6 +96,28 @@ def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
             _number(stage.get("bytes_ratio"), "{:.1f}"),
         )
     return table
+
+
+def head_sizes(head: Head) -> dict[str, dict[str, int]]:
+    """Parameters, bytes stored, bytes read and FLOPs a token of a head and of the dense one, matrices in bf16."""
+    half = copy.deepcopy(head)
+    for name, parameter in half.named_parameters():
+        if name not in head.keep_in_fp32:
+            parameter.data = parameter.data.bfloat16()
+    mine = {
+        "parameters": half.n_parameters,
+        "nbytes": half.nbytes,
+        "bytes_read": half.bytes_read,
+        "flops": half.flops,
+    }
+    weights = head.in_features * head.out_features
+    dense = {
+        "parameters": weights,
+        "nbytes": 2 * weights,
+        "bytes_read": 2 * weights,
+        "flops": 2 * weights,
+    }
+    return {"head": mine, "dense": dense}
 
 
 def _number(value: float | None, form: str) -> str:

@@ -21,6 +21,7 @@ from transformers.quantizers.auto import AutoHfQuantizer, register_quantizer
 
 from hf_softheads import bridge, cards
 from hf_softheads.config import METHOD, SoftheadsConfig
+from hf_softheads.heads.base import Head
 from hf_softheads.results import write_json
 from hf_softheads.tables import human_bytes
 
@@ -228,8 +229,11 @@ def export(
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         if results is not None:
+            head = bridge.active_head(model) if model.get_output_embeddings() is not None else None
+            measured = cards.head_sizes(head) if isinstance(head, Head) else {}
+            results = {"sizes": measured, "repo": folder.name, **results}
             write_json(fresh / cards.RESULTS, results)
-            cards.write_card(fresh, {**results, "repo": folder.name})
+            cards.write_card(fresh, results)
         if folder.exists():
             folder.rmdir()
         fresh.rename(folder)

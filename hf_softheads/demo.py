@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_softheads.cards import stage_table
+from hf_softheads.cards import head_sizes, stage_table
 from hf_softheads.checkpoint import export
 from hf_softheads.corpus import stdlib_documents
 from hf_softheads.data import windows
@@ -81,7 +81,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
 
     def measure(name: str, patched: nn.Module) -> None:
         found = evaluate(patched, held_out, reference=dense)
-        stages.append({"name": name, **asdict(found), **_sizes_of(patched, dense)})
+        stages.append({"name": name, **asdict(found), **_sizes_of(patched)})
         _say(f"{name}: perplexity {found.perplexity:.2f}")
 
     measure("dense", model)
@@ -92,20 +92,18 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     steps = 20 if quick else 400
     repair_head(model, dense_head(model), train.input_ids, steps=steps, seed=seed)
     measure("… repaired + distilled", model)
-    coded = TransformCoded(bits=2.25)
-    measure("transform_coded, that size", patch(copy.deepcopy(dense), head=coded, stats=stats))
 
     exported = output / f"tiny-vq{codes}"
     shutil.rmtree(exported, ignore_errors=True)
-    sizes = _sizes(model, dense)
     results: dict[str, Any] = {
         "base_model": "the embedded model of hf_softheads",
         "data": "held-out modules of the Python standard library",
         "stages": stages,
-        "sizes": sizes,
         "provenance": provenance(seed),
     }
-    export(model, exported, tokenizer, results)
+    export(model, exported, tokenizer, {**results, "stages": list(stages)})
+    coded = TransformCoded(bits=2.25)
+    measure("transform_coded, that size", patch(copy.deepcopy(dense), head=coded, stats=stats))
     same, text = _reload(model, tokenizer, exported, output)
     results |= {"reloaded_bit_exact": same, "greedy": text, "seconds": time.perf_counter() - began}
     write_json(output / "results.json", results)
@@ -126,40 +124,17 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     return results
 
 
-def _sizes_of(model: Any, dense: Any) -> dict[str, Any]:
-    sizes = _sizes(model, dense)
-    mine, full = sizes["head"], sizes["dense"]
+def _sizes_of(model: Any) -> dict[str, Any]:
     head = model.get_output_embeddings()
+    if not isinstance(head, Head):
+        return {"floor": None, "parameters_ratio": 1.0, "bytes_ratio": 1.0}
+    sizes = head_sizes(head)
+    mine, full = sizes["head"], sizes["dense"]
     return {
         "floor": head.perplexity_floor if isinstance(head, VQHead) else None,
         "parameters_ratio": full["parameters"] / mine["parameters"],
         "bytes_ratio": full["nbytes"] / mine["nbytes"],
     }
-
-
-def _sizes(model: Any, dense: Any) -> dict[str, dict[str, int]]:
-    """Parameters, stored bytes, bytes read and FLOPs, both heads as stored in bf16."""
-    weight = dense.get_output_embeddings().weight
-    full = {
-        "parameters": weight.numel(),
-        "nbytes": weight.numel() * 2,
-        "bytes_read": weight.numel() * 2,
-        "flops": weight.numel() * 2,
-    }
-    head = model.get_output_embeddings()
-    if not isinstance(head, Head):
-        return {"head": full, "dense": full}
-    half = copy.deepcopy(head)
-    for name, parameter in half.named_parameters():
-        if name not in head.keep_in_fp32:
-            parameter.data = parameter.data.bfloat16()
-    mine = {
-        "parameters": half.n_parameters,
-        "nbytes": half.nbytes,
-        "bytes_read": half.bytes_read,
-        "flops": half.flops,
-    }
-    return {"head": mine, "dense": full}
 
 
 def _reload(model: Any, tokenizer: Any, folder: Path, output: Path) -> tuple[bool, str]:
