@@ -7,10 +7,12 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -47,8 +49,6 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 with torch.no_grad():
     save_file({"logits": model(load_file(sys.argv[2])["tokens"]).logits}, sys.argv[2] + ".out")
 """
-    from safetensors.torch import load_file, save_file
-
     save_file({"tokens": tokens}, tmp_path / "tokens")
     done = run(code, folder, tmp_path / "tokens")
     assert done.returncode == 0, done.stderr
@@ -217,6 +217,17 @@ def test_unknown_variant_in_a_folder(folder):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="unknown head variant 'vqq'; did you mean 'vq'"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("version", [1])
+def test_every_released_format_still_loads(version):
+    """A folder that was written once and is never written again."""
+    fixtures = Path(__file__).parent / "fixtures"
+    expected = load_file(fixtures / f"format_{version}_expected.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(fixtures / f"format_{version}")
+    with torch.no_grad():
+        found = model(expected["tokens"]).logits
+    torch.testing.assert_close(found, expected["logits"], atol=1e-5, rtol=1e-5)
 
 
 # -- exports -----------------------------------------------------------------------------------------------------------
