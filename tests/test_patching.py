@@ -168,6 +168,9 @@ def test_different_variants_in_different_layers(model, tokens):
 
 def test_describe_prints_the_floor(model, tokens):
     assert "not patched (2 attention layers could be)" in str(sh.describe(model))
+    sh.patch(model, head=sh.heads.VQ(codes=24, init="contiguous"))
+    assert "equally frequent: 4.00" in str(sh.describe(model))  # 96 tokens in 24 codes
+    sh.unpatch(model)
     stats = sh.collect(model, tokens.repeat(4, 1), window=12)
     sh.patch(model, head=sh.heads.VQ(codes=24), stats=stats)
     text = str(sh.describe(model))

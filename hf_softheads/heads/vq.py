@@ -332,6 +332,12 @@ class VQHead(Head):
         uniform, biased = (self.floor.double() / 1e6).exp().tolist()
         if self.floor[0] >= 0:
             lines.append(f"perplexity floor of the map, equal logits within a code: {uniform:.2f}")
+        else:
+            even = float(sizes[self._groups().code_of.long()].double().log().mean().exp())
+            lines.append(
+                f"perplexity floor of the map if all tokens were equally frequent: {even:.2f} "
+                "(patch with stats=… for that of real text)"
+            )
         if self.floor[1] >= 0:
             lines.append(f"perplexity floor of the map with its bias as fitted: {biased:.2f}")
         return lines
