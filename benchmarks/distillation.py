@@ -28,8 +28,9 @@ from hf_softheads.results import provenance, write_json
 from hf_softheads.tables import Table
 
 RESULTS = Path(__file__).parent / "results" / "distillation.json"
+LABELS = "cross_entropy (labels only)"
 MIXES: dict[str, dict[LossSpec | str, float]] = {
-    "cross_entropy (labels only)": {losses.CrossEntropy(): 1.0},
+    LABELS: {losses.CrossEntropy(): 1.0},
     "kl": {losses.KL(): 1.0},
     "kl, temperature 2": {losses.KL(temperature=2.0): 1.0},
     "kl + 0.1 cross_entropy": {losses.KL(): 1.0, losses.CrossEntropy(): 0.1},
@@ -72,8 +73,9 @@ def main() -> None:
         found = []
         for rate in given.rates:
             patched.get_output_embeddings().load_state_dict(start)
+            asked = None if name == LABELS else teacher
             repair_head(
-                patched, teacher, states, steps=given.steps, lr=rate, losses=mix, seed=given.seed
+                patched, asked, states, steps=given.steps, lr=rate, losses=mix, seed=given.seed
             )
             found.append({"lr": rate, **measure()})
         rows[name] = min(found, key=lambda row: row["perplexity"])

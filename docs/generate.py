@@ -150,6 +150,28 @@ def head_speed_table() -> str:
     )
 
 
+def losses_table() -> str:
+    """Time and memory of losses over a large vocabulary, from `losses.json`."""
+    found = _results("losses")
+    table = Table(["loss with gradients", "time ÷ whole logits", "extra memory"])
+    for name, row in found["rows"].items():
+        table.add(name, f"{row['time']:.3f}", human_bytes(row["mib"] * 2**20))
+    return f"{table.markdown()}\n\n{_where(found, '../')}"
+
+
+def distillation_table() -> str:
+    """The same head repaired with different losses, from `distillation.json`."""
+    found = _results("distillation")
+    table = Table(["loss", "perplexity", "KL", "top-1"])
+    for name, row in found["rows"].items():
+        table.add(name, f"{row['perplexity']:.2f}", f"{row['kl']:.4f}", f"{row['top1']:.1%}")
+    settings = found["settings"]
+    return (
+        f"{table.markdown()}\n\n{settings['codes']} codes, {settings['steps']} steps of {settings['tokens_a_step']:,} "
+        f"tokens. {_where(found, '../')}"
+    )
+
+
 def attention_table() -> str:
     """Every attention variant, from the docstrings and tags of its class."""
     columns = ["name", "formula", "source", "sums to one", "exact zeros", "sinks", "training-free"]
@@ -217,6 +239,8 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "frontier": (ROOT / "README.md", frontier_table),
     "heads": (ROOT / "docs" / "heads.md", heads_table),
     "head speed": (ROOT / "docs" / "heads.md", head_speed_table),
+    "losses": (ROOT / "docs" / "losses.md", losses_table),
+    "distillation": (ROOT / "docs" / "losses.md", distillation_table),
     "attention": (ROOT / "docs" / "variants.md", attention_table),
     "attention speed": (ROOT / "docs" / "variants.md", attention_speed_table),
 }

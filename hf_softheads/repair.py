@@ -36,7 +36,7 @@ class Repair:
 
 def repair_head(
     model: nn.Module,
-    teacher: nn.Module | Tensor,
+    teacher: nn.Module | Tensor | None,
     rows: Tensor | tuple[Tensor, Tensor],
     *,
     steps: int = 400,
@@ -52,7 +52,8 @@ def repair_head(
 
     Args:
         model: a patched model.
-        teacher: its dense head, `dense_head(model)`, or that head's matrix `(V, D)`.
+        teacher: its dense head, `dense_head(model)`, or that head's matrix `(V, D)`; None with losses of the labels
+            alone.
         rows: token windows `(N, W)` of training text; or what `cache_states` made of them, for several repairs.
         losses: default the forward KL; several with weights as for `Objective`.
         seed: of the order of the hidden states.
