@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hf_softheads  # noqa: F401 - registers with transformers
 
 VOCAB = 96
-_COMMON = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -32,20 +32,20 @@ _GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positi
 _NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {**_COMMON, "head_dim": 8},
-    "qwen2": _COMMON,
-    "qwen3": {**_COMMON, "head_dim": 8},
-    "mistral": {**_COMMON, "sliding_window": 8},
-    "gemma2": {**_COMMON, "head_dim": 8, "sliding_window": 8},
-    "gemma3_text": {**_COMMON, "head_dim": 8, "sliding_window": 8},
-    "phi3": {**_COMMON, "num_key_value_heads": 4},
-    "olmo2": _COMMON,
-    "granite": {**_COMMON, "logits_scaling": 4.0},
-    "cohere": {**_COMMON, "logit_scale": 0.25},
+    "llama": {**SIZES, "head_dim": 8},
+    "qwen2": SIZES,
+    "qwen3": {**SIZES, "head_dim": 8},
+    "mistral": {**SIZES, "sliding_window": 8},
+    "gemma2": {**SIZES, "head_dim": 8, "sliding_window": 8},
+    "gemma3_text": {**SIZES, "head_dim": 8, "sliding_window": 8},
+    "phi3": {**SIZES, "num_key_value_heads": 4},
+    "olmo2": SIZES,
+    "granite": {**SIZES, "logits_scaling": 4.0},
+    "cohere": {**SIZES, "logit_scale": 0.25},
     "gpt2": {**_GPT2, **_NO_DROPOUT, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-    "gpt_neox": _COMMON,
+    "gpt_neox": SIZES,
     "opt": {
-        **{k: v for k, v in _COMMON.items() if k != "intermediate_size"},
+        **{k: v for k, v in SIZES.items() if k != "intermediate_size"},
         "ffn_dim": 48,
         "word_embed_proj_dim": 32,
         "dropout": 0.0,

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_softheads as sh
 
-from .conftest import VOCAB, make_model
+from .conftest import SIZES, VOCAB, make_model
 
 
 @pytest.fixture
@@ -188,14 +188,3 @@ def test_an_encoder_s_attention(tokens):
     after = model(tokens, attention_mask=mask).last_hidden_state
     visible = mask.bool()
     torch.testing.assert_close(after[visible], before[visible], atol=1e-5, rtol=1e-5)
-
-
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}

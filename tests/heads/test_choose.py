@@ -7,27 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_softheads.choose import choose
 from hf_softheads.heads import Dense, Quantized, TransformCoded
 from hf_softheads.heads.base import HeadSpec
+from tests.conftest import make_model
 from tests.heads.conftest import Toy, make_toy
 
 
 @pytest.fixture(scope="module")
 def case() -> tuple[Any, Toy]:
     toy = make_toy(512, 32)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config)
+    model = make_model("llama", vocab_size=512, tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight.copy_(toy.weight)
     return model, dataclasses.replace(toy, stats=dataclasses.replace(toy.stats, tokens=10_000))

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import hf_softheads as sh
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.registry import variants
+from tests.conftest import make_model
 
 NAMES = sorted(variants("head"))
 VOCAB, DIM = 512, 32
@@ -20,21 +21,14 @@ VOCAB, DIM = 512, 32
 
 @pytest.fixture(scope="module")
 def dense() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return make_model(
+        "llama",
         vocab_size=VOCAB,
         hidden_size=DIM,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=True,
-        initializer_range=0.3,
-        pad_token_id=0,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")

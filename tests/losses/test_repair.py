@@ -6,28 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_softheads as sh
 from hf_softheads.heads import VQ, Dense
 from hf_softheads.orthograd import OrthoGrad, orthogonal
 from hf_softheads.repair import repair_head
+from tests.conftest import make_model
 
 V, D = 61, 16
 
 
 def model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=V,
-        hidden_size=D,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
-    made = LlamaForCausalLM(config)
+    made = make_model("llama", vocab_size=V, hidden_size=D, tie_word_embeddings=False)
     torch.nn.init.normal_(made.lm_head.weight, std=1.0)
     return made
 
