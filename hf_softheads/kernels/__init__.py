@@ -1,7 +1,8 @@
-"""Optional C++ kernels, compiled on first use by the machine's compiler and kept in the user's cache.
+"""Optional C++ kernels, built on first use by `torch.utils.cpp_extension` and kept in the user's cache.
 
-Nothing here is needed: every head works without a compiler, slower. A kernel is a plain C function in a file named
-after its variant; it is checked against the plain definition by the tests.
+Nothing here is needed: without a compiler everything works, slower, and `describe` says why. A kernel is a file of
+plain C functions, called through ctypes (no torch headers: two seconds to build instead of forty); it is checked
+against the plain definition by the tests, for every instruction set it has a path for.
 """
 
 from __future__ import annotations
@@ -12,49 +13,72 @@ import hashlib
 import os
 import platform
 import shutil
-import subprocess
+import sysconfig
 import tempfile
 from pathlib import Path
 
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
+import torch
+
+_FLAGS = ("-O3", "-std=c++17", "-pthread")
+INSTRUCTIONS: dict[str, tuple[str, ...]] = {
+    "native": ("-march=native",),
+    "avx2": ("-march=x86-64-v3",),
+    "plain": (),
+}
+"""Compiler flags by instruction set: `native` is what this processor has, the others are smaller sets."""
 
 
 class KernelUnavailable(RuntimeError):
-    """A kernel could not be built here; the message says why."""
+    """A kernel could not be built here, or does not fit what it was asked for; the message says why."""
 
 
 @functools.cache
-def load(name: str) -> ctypes.CDLL:
+def load(name: str, instructions: str = "native") -> ctypes.CDLL:
     """The compiled `name.cpp` of this folder.
 
     Raises:
-        KernelUnavailable: there is no C++ compiler, or it failed.
+        KernelUnavailable: there is no C++ compiler or no ninja, or the compiler failed.
     """
     source = Path(__file__).with_name(f"{name}.cpp")
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        raise KernelUnavailable("no C++ compiler found (c++, g++ or $CXX)")
+    flags = [*_FLAGS, *INSTRUCTIONS[instructions]]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_softheads"
-    identity = [source.read_bytes(), repr((compiler, _FLAGS, _processor())).encode()]
-    target = cache / f"{name}-{hashlib.sha256(b''.join(identity)).hexdigest()[:16]}.so"
-    if not target.exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                fresh = Path(folder) / target.name
-                command = [compiler, *_FLAGS, str(source), "-o", str(fresh)]
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-                fresh.replace(
-                    target
-                )  # another process may have built the same file: either is right
-        except subprocess.CalledProcessError as error:
-            raise KernelUnavailable(f"{compiler} failed: {error.stderr.strip()[:500]}") from error
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise KernelUnavailable(f"could not build {name}: {error}") from error
+    identity = repr((flags, os.environ.get("CXX"), torch.__version__, _processor())).encode()
+    digest = hashlib.sha256(source.read_bytes() + identity).hexdigest()[:16]
+    target = cache / f"{name}-{digest}.so"
+    compiler = os.environ.get("CXX", "c++")
+    if not target.exists() and shutil.which(compiler) is None:
+        raise KernelUnavailable(f"no C++ compiler ({compiler}; the variable CXX names another)")
     try:
+        if not target.exists():
+            _build(source, flags, target)
         return ctypes.CDLL(str(target))
-    except OSError as error:
-        raise KernelUnavailable(f"could not load {target}: {error}") from error
+    except (OSError, RuntimeError, ImportError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]  # mostly command lines
+        told = next((line for line in lines if "error:" in line), lines[0])
+        raise KernelUnavailable(f"could not build {source.name}: {told[:300]}") from error
+
+
+def _build(source: Path, flags: list[str], target: Path) -> None:
+    # In a folder of its own: cpp_extension's lock would outlive a process that is killed while it builds, and every
+    # later one would wait for it. Another process may build the same file meanwhile; either is right.
+    from torch.utils import cpp_extension
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = os.environ.get("PATH", "")
+    # ninja may be installed beside a Python whose environment is not activated
+    os.environ["PATH"] = os.pathsep.join([path, sysconfig.get_path("scripts")])
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            cpp_extension.load(
+                source.stem,
+                [str(source)],
+                extra_cflags=flags,
+                build_directory=folder,
+                is_python_module=False,
+            )
+            next(Path(folder).glob("*.so")).replace(target)
+    finally:
+        os.environ["PATH"] = path
 
 
 def why_not(name: str) -> str | None:
@@ -64,6 +88,14 @@ def why_not(name: str) -> str | None:
     except KernelUnavailable as error:
         return str(error)
     return None
+
+
+def instructions(name: str) -> str:
+    """The instruction set of the path that `load(name)` runs, such as `AVX-512`: what its `instructions()` returns."""
+    function = load(name).instructions
+    function.restype = ctypes.c_char_p
+    found: bytes = function()
+    return found.decode()
 
 
 def _processor() -> str:

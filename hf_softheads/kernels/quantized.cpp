@@ -77,6 +77,14 @@ void rows(const uint8_t* w, int64_t bytes, const Halves& x, int64_t batch, int64
 
 }  // namespace
 
+extern "C" const char* instructions() {
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+    return "AVX-512";
+#else
+    return "plain";
+#endif
+}
+
 extern "C" void quantized_scores(const uint8_t* const* planes, const int64_t* widths, int64_t n_planes,
                                  int64_t bits, const float* scale, int64_t vocab, int64_t dim, const float* hidden,
                                  int64_t batch, float* out, int64_t threads) {

@@ -71,13 +71,13 @@ def test_without_a_compiler_everything_works_and_says_so(
 ) -> None:
     kernels.load.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     try:
         head = Quantized(bits=4).module(64, 100)
         with torch.no_grad():
             head.weight.fill_(1.0)
             assert head.bfloat16()(torch.ones(1, 64, dtype=torch.bfloat16)).shape == (1, 100)
-        assert head.notes() == ["decoding kernel: none, no C++ compiler found (c++, g++ or $CXX)"]
+        assert head.notes()[0].startswith("decoding kernel: none, no C++ compiler (")
+        assert "no-such-compiler" in head.notes()[0]
     finally:
         kernels.load.cache_clear()
