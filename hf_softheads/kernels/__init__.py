@@ -43,7 +43,8 @@ def load(name: str, instructions: str = "native") -> ctypes.CDLL:
     flags = [*_FLAGS, *INSTRUCTIONS[instructions]]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_softheads"
     identity = repr((flags, os.environ.get("CXX"), torch.__version__, _processor())).encode()
-    digest = hashlib.sha256(source.read_bytes() + identity).hexdigest()[:16]
+    code = b"".join(file.read_bytes() for file in [source, *sorted(source.parent.glob("*.hpp"))])
+    digest = hashlib.sha256(code + identity).hexdigest()[:16]
     target = cache / f"{name}-{digest}.so"
     compiler = os.environ.get("CXX", "c++")
     if not target.exists() and shutil.which(compiler) is None:
