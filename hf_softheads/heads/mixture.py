@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
-from hf_softheads.heads.dense import Dense
+from hf_softheads.heads.outer import OuterHead, OuterSpec
 
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
 
 
 @dataclass(frozen=True)
-class Mixture(HeadSpec, name="mixture"):
+class Mixture(OuterSpec, name="mixture"):
     """`p = Σ_k π_k softmax(inner(h_k))`, `h_k = h + tanh(weight_k h)`, `π = softmax(gate h)` (arXiv 1711.03953).
 
     Logits are `log p`. The paper's `h_k = tanh(W_k h)` is trained from scratch; a retrofit keeps the trained hidden
@@ -33,7 +33,6 @@ class Mixture(HeadSpec, name="mixture"):
     components: int = 4
     noise: float = 0.01
     seed: int = 0
-    inner: HeadSpec = field(default_factory=Dense)
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -49,7 +48,7 @@ class Mixture(HeadSpec, name="mixture"):
                 f"mixture asked for {self.components} components and noise {self.noise}; "
                 "at least 1 component and noise ≥ 0 are possible"
             )
-        self.inner.check(dim, vocab)
+        super().check(dim, vocab)
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> MixtureHead:
         inner = self.inner.module(dim, vocab, bias=bias)
@@ -59,7 +58,7 @@ class Mixture(HeadSpec, name="mixture"):
     def fit(
         self, head: MixtureHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
     ) -> None:
-        self.inner.fit(head.inner, weight, bias, stats)
+        super().fit(head, weight, bias, stats)
         generator = torch.Generator().manual_seed(self.seed)
         dim = head.in_features
         head.weight.copy_(
@@ -68,15 +67,13 @@ class Mixture(HeadSpec, name="mixture"):
         head.gate.zero_()
 
 
-class MixtureHead(Head):
+class MixtureHead(OuterHead):
     """`weight (K, D, D)`, `gate (K, D)`."""
 
     def __init__(self, dim: int, vocab: int, components: int, inner: Head):
-        super().__init__(dim, vocab)
+        super().__init__(dim, vocab, inner)
         self.weight = nn.Parameter(torch.empty(components, dim, dim))
         self.gate = nn.Parameter(torch.empty(components, dim))
-        self.inner = inner
-        self.keep_in_fp32 = tuple(f"inner.{name}" for name in inner.keep_in_fp32)
 
     def scores(self, hidden: Tensor) -> Tensor:
         shares = F.linear(hidden, self.gate).float().log_softmax(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
-from hf_softheads.heads.dense import Dense
+from hf_softheads.heads.outer import OuterHead, OuterSpec
 
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
 
 
 @dataclass(frozen=True)
-class Sigsoftmax(HeadSpec, name="sigsoftmax"):
+class Sigsoftmax(OuterSpec, name="sigsoftmax"):
     """`p ∝ exp(z) σ(z)^α`, that is logits `z + α log σ(z)` of an inner head's `z`; α = 1 is published (1805.10829).
 
     The log-probabilities of many contexts are no longer confined to a space of D + 1 dimensions. The order of the
@@ -26,7 +26,6 @@ class Sigsoftmax(HeadSpec, name="sigsoftmax"):
     """
 
     alpha: float = 1.0
-    inner: HeadSpec = field(default_factory=Dense)
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -39,7 +38,7 @@ class Sigsoftmax(HeadSpec, name="sigsoftmax"):
     def check(self, dim: int, vocab: int) -> None:
         if not 0 <= self.alpha <= 10:
             raise ValueError(f"sigsoftmax asked for alpha {self.alpha}; 0 to 10 are possible")
-        self.inner.check(dim, vocab)
+        super().check(dim, vocab)
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> SigsoftmaxHead:
         return SigsoftmaxHead(dim, vocab, self.inner.module(dim, vocab, bias=bias))
@@ -48,23 +47,17 @@ class Sigsoftmax(HeadSpec, name="sigsoftmax"):
     def fit(
         self, head: SigsoftmaxHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
     ) -> None:
-        self.inner.fit(head.inner, weight, bias, stats)
+        super().fit(head, weight, bias, stats)
         head.weight.fill_(self.alpha)
 
 
-class SigsoftmaxHead(Head):
+class SigsoftmaxHead(OuterHead):
     """`weight (1,)` is α."""
 
     def __init__(self, dim: int, vocab: int, inner: Head):
-        super().__init__(dim, vocab)
+        super().__init__(dim, vocab, inner, ("weight",))
         self.weight = nn.Parameter(torch.empty(1))
-        self.inner = inner
-        self.keep_in_fp32 = ("weight", *(f"inner.{name}" for name in inner.keep_in_fp32))
 
     def scores(self, hidden: Tensor) -> Tensor:
         scores = self.inner.scores(hidden).float()
         return scores + self.weight * F.logsigmoid(scores)
-
-    @property
-    def flops(self) -> int:
-        return self.inner.flops

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
-from hf_softheads.heads.dense import Dense
+from hf_softheads.heads.outer import OuterHead, OuterSpec
 
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
 
 
 @dataclass(frozen=True)
-class Temperature(HeadSpec, name="temperature"):
+class Temperature(OuterSpec, name="temperature"):
     """`logits = inner(h) / τ(h)`, `τ(h) = low + (high - low) σ(out · tanh(weight h / ‖h‖) + shift)`.
 
     The idea of TempNet (arXiv 2404.04575) with the hidden state instead of the logits as its input, so that it costs
@@ -33,7 +33,6 @@ class Temperature(HeadSpec, name="temperature"):
     width: int = 64
     low: float = 0.5
     high: float = 2.0
-    inner: HeadSpec = field(default_factory=Dense)
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -49,7 +48,7 @@ class Temperature(HeadSpec, name="temperature"):
                 f"temperature asked for width {self.width} and bounds {self.low}, {self.high}; "
                 "width ≥ 1 and 0 < low < 1 < high are possible"
             )
-        self.inner.check(dim, vocab)
+        super().check(dim, vocab)
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> TemperatureHead:
         inner = self.inner.module(dim, vocab, bias=bias)
@@ -59,7 +58,7 @@ class Temperature(HeadSpec, name="temperature"):
     def fit(
         self, head: TemperatureHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
     ) -> None:
-        self.inner.fit(head.inner, weight, bias, stats)
+        super().fit(head, weight, bias, stats)
         generator = torch.Generator().manual_seed(0)
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator))
         head.out.copy_(
@@ -69,17 +68,15 @@ class Temperature(HeadSpec, name="temperature"):
         head.shift.fill_(math.log(share / (1 - share)))
 
 
-class TemperatureHead(Head):
+class TemperatureHead(OuterHead):
     """`weight (width, D)`, `out (width,)`, `shift (1,)`."""
 
     def __init__(self, dim: int, vocab: int, width: int, low: float, high: float, inner: Head):
-        super().__init__(dim, vocab)
+        super().__init__(dim, vocab, inner, ("out", "shift"))
         self.low, self.high = low, high
         self.weight = nn.Parameter(torch.empty(width, dim))
         self.out = nn.Parameter(torch.empty(width))
         self.shift = nn.Parameter(torch.empty(1))
-        self.inner = inner
-        self.keep_in_fp32 = ("out", "shift", *(f"inner.{name}" for name in inner.keep_in_fp32))
 
     def temperature(self, hidden: Tensor) -> Tensor:
         """`τ(h)`, `(…, 1)` fp32."""
@@ -89,7 +86,3 @@ class TemperatureHead(Head):
 
     def scores(self, hidden: Tensor) -> Tensor:
         return self.inner.scores(hidden).float() / self.temperature(hidden)
-
-    @property
-    def flops(self) -> int:
-        return self.inner.flops + 2 * self.weight.numel()
