@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import json
 import re
@@ -192,6 +193,19 @@ def attention_table() -> str:
     return table.markdown()
 
 
+def head_variants_table() -> str:
+    """Every head variant, from the docstring and the fields of its class."""
+    table = Table(["name", "what it computes", "source", "fields", "lossless setting"])
+    for name, cls in variants("head").items():
+        formula = inspect.getdoc(cls).splitlines()[0].replace("|", r"\|")
+        found = re.search(r"(?:arXiv |Source: |\()((?:cs/)?\d{4}\.?\d{3,5})", inspect.getdoc(cls))
+        fields = [f"`{f.name}`" for f in dataclasses.fields(cls)]
+        exact = cls.lossless(64, 512) is not None
+        source = "–" if found is None else f"[{found[1]}](https://arxiv.org/abs/{found[1]})"
+        table.add(f"`{name}`", formula, source, ", ".join(fields) or "–", "yes" if exact else "–")
+    return table.markdown()
+
+
 def attention_speed_table() -> str:
     """Speed and untrained quality of every attention variant, from `attention.json`."""
     found = _results("attention")
@@ -238,6 +252,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "speed": (ROOT / "README.md", speed_table),
     "frontier": (ROOT / "README.md", frontier_table),
     "heads": (ROOT / "docs" / "heads.md", heads_table),
+    "head variants": (ROOT / "docs" / "heads.md", head_variants_table),
     "head speed": (ROOT / "docs" / "heads.md", head_speed_table),
     "losses": (ROOT / "docs" / "losses.md", losses_table),
     "distillation": (ROOT / "docs" / "losses.md", distillation_table),

@@ -73,11 +73,13 @@ class WeightedLosses:
             theirs = teacher.logits(h.detach(), teacher.at(part))
             return add((k, self._value(k, h, logits, labels[part], theirs, dense)) for k in whole)
 
-        apart = [k for k in self.losses if _needs_no_logits(k, dense)]
+        apart = [k for k in self.losses if _needs_no_logits(k, head, dense)]
         whole = [k for k in self.losses if k not in apart]
         total = widened(hidden.new_zeros(()))
         if apart:
-            total = add((k, self._apart(k, hidden, labels, teacher.hidden, dense)) for k in apart)
+            total = add(
+                (k, self._apart(k, hidden, labels, teacher.hidden, head, dense)) for k in apart
+            )
         if not whole:
             return total * later
         needs: frozenset[Number] = frozenset(
@@ -111,8 +113,8 @@ class WeightedLosses:
             of_teacher = teacher.at(slice(start, start + len(h)))
             logits, theirs = self._logits(forward, h), teacher.logits(h.detach(), of_teacher)
             values = [
-                self._apart(k, h, y, of_teacher, dense)
-                if _needs_no_logits(k, dense)
+                self._apart(k, h, y, of_teacher, head, dense)
+                if _needs_no_logits(k, head, dense)
                 else self._value(k, h, logits, y, theirs, dense)
                 for k in self.losses
             ]
@@ -132,12 +134,18 @@ class WeightedLosses:
         hidden: Tensor,
         labels: Tensor,
         teacher_hidden: Tensor | None,
+        head: nn.Module,
         dense: Scorer | None,
     ) -> Tensor:
         """A loss that looks at no whole logits, per token."""
-        if isinstance(loss, SampledLoss) and dense is not None:
+        if isinstance(loss, SampledLoss):
             ids = loss.candidates(labels, self.vocab)
-            target, others = candidate_logits(hidden, labels, ids, dense, cosine=loss.cosine)
+            if dense is not None:
+                target, others = candidate_logits(hidden, labels, ids, dense, cosine=loss.cosine)
+            else:
+                assert isinstance(head, Head)
+                target = self.transform(head.score(hidden, labels.unsqueeze(-1)).squeeze(-1))
+                others = self.transform(head.subset(hidden, ids))
             return loss.from_candidates(target, others, ids, labels, self.vocab)
         assert isinstance(loss, HiddenLoss)
         assert teacher_hidden is not None
@@ -189,8 +197,11 @@ class WeightedLosses:
         return asked and dense.bias is None and self.transform.scale is not None
 
 
-def _needs_no_logits(loss: LossSpec, dense: Scorer | None) -> bool:
-    return isinstance(loss, HiddenLoss) or (isinstance(loss, SampledLoss) and dense is not None)
+def _needs_no_logits(loss: LossSpec, head: nn.Module, dense: Scorer | None) -> bool:
+    if not isinstance(loss, SampledLoss):
+        return isinstance(loss, HiddenLoss)
+    single = isinstance(head, Head) and type(head).subset is not Head.subset
+    return dense is not None or (single and not loss.cosine)
 
 
 def _has_code_space(head: Head, needs: frozenset[Number]) -> bool:

@@ -110,6 +110,10 @@ class Head(nn.Module):
         """Raw scores of some tokens only, fp32: `hidden (…, D)`, `tokens (…, M)` → `(…, M)`."""
         return self.scores(hidden).float().gather(-1, tokens)
 
+    def subset(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Raw scores of the same tokens for every hidden state, fp32: `hidden (…, D)`, `tokens (M,)` → `(…, M)`."""
+        return self.scores(hidden).float().index_select(-1, tokens)
+
     def forward(self, hidden: Tensor) -> Tensor:
         if self.targets is None or self.targets.shape != hidden.shape[:-1]:
             return self.scores(hidden)
@@ -220,6 +224,12 @@ class Head(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    @property
+    def logit_scale(self) -> float:
+        """What the family multiplies scores by; 1 where it does something else."""
+        scale = None if self.transform is None else self.transform.scale
+        return 1.0 if scale is None else scale
 
     def _known_transform(self) -> LogitTransform:
         if self.transform is None:

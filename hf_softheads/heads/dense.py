@@ -53,6 +53,10 @@ class DenseHead(Head):
         scores = (rows @ hidden.float().unsqueeze(-1)).squeeze(-1)
         return scores if self.bias is None else scores + self.bias[tokens]
 
+    def subset(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias[tokens]
+        return F.linear(hidden, self.weight[tokens], bias).float()
+
     def resize(self, vocab: int) -> DenseHead:
         """Rows are kept; new rows are the mean row, so that a new token starts as an average one."""
         new = DenseHead(self.in_features, vocab, bias=self.bias is not None).to(self.weight)

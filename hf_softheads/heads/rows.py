@@ -42,6 +42,13 @@ class RowsHead(Head):
         scores = (rows.float() @ self.prepare(hidden).float().unsqueeze(-1)).squeeze(-1)
         return scores if self.bias is None else scores + self.bias[where]
 
+    def subset(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        places = self.places()
+        where = tokens if places is None else places[tokens].long()
+        x = self.prepare(hidden)
+        scores = F.linear(x, self.rows(where).to(x.dtype)).float()
+        return scores if self.bias is None else scores + self.bias[where]
+
     def prepare(self, hidden: Tensor) -> Tensor:
         """Hidden states `(…, D)` in the coordinates of the rows, `(…, K)`."""
         return hidden

