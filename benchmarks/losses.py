@@ -10,7 +10,6 @@ Gradients are compared with float64 on a smaller problem.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import json
 import random
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
+from timing import peak_memory
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -36,6 +36,7 @@ from hf_softheads.tables import Table
 RESULTS = Path(__file__).parent / "results"
 TOKENS, VOCAB, DIM = 2048, 128_256, 1024
 WHOLE = "whole logits (transformers)"
+LEAN = 2**25  # bytes of logits
 
 
 def problem(tokens: int, vocab: int, dim: int) -> tuple[Tensor, nn.Parameter, Tensor]:
@@ -86,9 +87,25 @@ def cut(h: Tensor, w: Tensor, y: Tensor) -> Loss:
     return lambda: linear_cross_entropy(h, w, y, impl="torch_compile")
 
 
-def objective(losses: dict[str, float]) -> Callable[[Tensor, Tensor, Tensor], Loss]:
+def teacher(w: Tensor) -> Tensor:
+    """The output rows, a little different."""
+    return (w.detach() * 1.25).to(w.dtype)
+
+
+def whole_kl(h: Tensor, w: Tensor, y: Tensor) -> Loss:
+    theirs = teacher(w)
+
+    def loss() -> Tensor:
+        student, target = ((h @ x.T).float().log_softmax(-1) for x in (w, theirs))
+        return F.kl_div(student, target.detach(), log_target=True, reduction="batchmean")
+
+    return loss
+
+
+def objective(loss: str, memory: int = 2**29) -> Callable[[Tensor, Tensor, Tensor], Loss]:
     def prepare(h: Tensor, w: Tensor, y: Tensor) -> Loss:
-        goal = sh.Objective(bare_model(w), losses)
+        theirs = teacher(w) if loss == "kl" else None
+        goal = sh.Objective(bare_model(w), {loss: 1.0}, theirs, memory=memory)
         return lambda: goal.from_hidden(h, y)
 
     return prepare
@@ -114,13 +131,16 @@ METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Loss]] = {
     "F.linear_cross_entropy": torch_plain,
     "F.linear_cross_entropy, chunked": torch_chunked,
     "cut_cross_entropy, torch_compile": cut,
-    "Objective: cross-entropy": objective({"cross_entropy": 1.0}),
-    "Objective: spherical z-loss, Gram matrix": objective({"spherical_z": 1.0}),
+    "Objective: cross-entropy": objective("cross_entropy"),
+    "Objective: cross-entropy, lean": objective("cross_entropy", memory=LEAN),
+    "whole logits: KL from a teacher": whole_kl,
+    "Objective: KL from a teacher": objective("kl"),
+    "Objective: spherical z-loss, Gram matrix": objective("spherical_z"),
     "Objective: VQ head, C = V/16": vq(16),
     "Objective: VQ head, C = V/100": vq(100),
 }
 ONCE = {"F.linear_cross_entropy, chunked"}  # minutes on a CPU
-DENSE = [name for name in METHODS if "z-loss" not in name and "VQ" not in name]
+DENSE = [name for name in METHODS if not any(other in name for other in ("z-loss", "VQ", "KL"))]
 
 
 def measure(name: str) -> dict[str, float]:
@@ -129,20 +149,12 @@ def measure(name: str) -> dict[str, float]:
     warm = (TOKENS, VOCAB) if "compile" in name else (64, 512)
     METHODS[name](*problem(*warm, DIM))().backward()
     loss_of = METHODS[name](*problem(TOKENS, VOCAB, DIM))
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = memory("VmRSS")
-    start = time.perf_counter()
-    loss = loss_of()
-    loss.backward()
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "mib": memory("VmHWM") - before, "loss": float(loss.detach())}
-
-
-def memory(field: str) -> float:
-    """A line of this process' status, MiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition(field + ":")[2].split()[0]) / 1024
+    with peak_memory() as peak:
+        start = time.perf_counter()
+        loss = loss_of()
+        loss.backward()
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "mib": peak["bytes"] / 2**20, "loss": float(loss.detach())}
 
 
 def gradient_error(name: str) -> float:

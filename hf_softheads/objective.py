@@ -59,8 +59,9 @@ class Objective:
         losses: loss specs (or their names) with their weights.
         teacher: for distillation losses: the dense matrix `(V, D)` or a head module, which see the same hidden states
             as the model's head; or another model of the same vocabulary, which runs on the same batch.
-        chunk: how many logits may be alive at once; by default 2^20 (4 MiB in fp32), 2^25 on a GPU, and never less
-            than 64 tokens or 256 columns.
+        memory: bytes of logits that may be kept at once, in the dtype of the hidden states; 512 MiB by default. A
+            cross-entropy (any loss of a few numbers per token) computes those that do not fit a second time, so that
+            `memory=2**25` is its lean mode: a third more work.
 
     Raises:
         ValueError: no loss, a teacher that is missing, unused or of another vocabulary, a model without an output
@@ -73,8 +74,10 @@ class Objective:
         losses: Mapping[LossSpec | str, float],
         teacher: Teacher = None,
         *,
-        chunk: int | None = None,
+        memory: int = 2**29,
     ):
+        if memory < 0:
+            raise ValueError(f"memory is a number of bytes, got {memory}")
         self.model = model
         self.losses: dict[LossSpec, float] = {
             spec_from_dict("loss", loss): float(weight) for loss, weight in losses.items()
@@ -82,7 +85,7 @@ class Objective:
         self.teacher = teacher
         reader = Reader(base_model(model))
         self.vocab, self.transform = reader.vocab, reader.transform
-        self._weighted = WeightedLosses(self.losses, self.vocab, self.transform, chunk)
+        self._weighted = WeightedLosses(self.losses, self.vocab, self.transform, memory)
         _check_losses(self.losses, teacher, self.vocab)
         self._teacher_reader = Reader(teacher) if isinstance(teacher, PreTrainedModel) else None
         self._transform_checked = False
@@ -139,7 +142,7 @@ class Objective:
 
     def from_hidden(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """The mean loss of hidden states `(n, D)` that are at hand already, and the tokens `(n,)` that follow them."""
-        head, teacher = output_head(self.model), View(self._teacher_logits, None)
+        head, teacher = output_head(self.model), self._view(None)
         return self._weighted.total(
             head, head.forward, hidden, labels, teacher, 1 / max(len(labels), 1)
         )
@@ -161,7 +164,7 @@ class Objective:
         x = hidden[:, :-1][kept]
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden[:, :-1][kept]
-        head, teacher = output_head(self.model), View(self._teacher_logits, teacher_hidden)
+        head, teacher = output_head(self.model), self._view(teacher_hidden)
         if scale is None:
             each = self._weighted.per_token(head, forward, x, labels, teacher)
             spread = widened(hidden.new_zeros(kept.shape)).masked_scatter(kept, each)
@@ -185,20 +188,24 @@ class Objective:
         finally:
             teacher.train(training)
 
+    def _view(self, hidden: Tensor | None) -> View:
+        own = None if hidden is None else self._teacher_reader
+        transform = self.transform if own is None else own.transform
+        return View(self._teacher_scores, transform, hidden)
+
     @torch.no_grad()
-    def _teacher_logits(self, hidden: Tensor, of_teacher: Tensor | None) -> Tensor | None:
+    def _teacher_scores(self, hidden: Tensor, of_teacher: Tensor | None) -> Tensor | None:
         """From the student's hidden states, or from its own where it is a model."""
         if self.teacher is None:
             return None
         if isinstance(self.teacher, Tensor):
             gather = getattr(self.teacher, "full_tensor", None)  # a sharded matrix
             weight = self.teacher if gather is None else gather()
-            return self.transform(widened(F.linear(hidden, weight.to(hidden.device, hidden.dtype))))
+            return F.linear(hidden, weight.to(hidden.device, hidden.dtype))
         if of_teacher is None:
-            return self.transform(widened(self.teacher(hidden)))
+            return self.teacher(hidden)  # type: ignore[no-any-return]
         assert self._teacher_reader is not None
-        scores: Tensor = self._teacher_reader.head(of_teacher)
-        return self._teacher_reader.transform(widened(scores))
+        return self._teacher_reader.head(of_teacher)  # type: ignore[no-any-return]
 
 
 def _check_labels(chosen: Tensor, vocab: int) -> None:

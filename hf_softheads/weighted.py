@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_softheads.blocks import blocks
 from hf_softheads.bridge import Function
-from hf_softheads.chunked import Scorer, blocks, candidate_logits, chunks, widened
+from hf_softheads.chunked import OfTile, Scorer, candidate_logits, chunks, widened
 from hf_softheads.heads.base import Head, LogitTransform
 from hf_softheads.heads.dense import DenseHead
 from hf_softheads.losses.base import HiddenLoss, LossSpec, Number, SampledLoss, SummaryLoss
@@ -20,13 +21,19 @@ from hf_softheads.moments import moments
 
 
 class View(NamedTuple):
-    """The teacher on one batch: its logits from the student's (or its own) hidden states, and its hidden states."""
+    """The teacher on one batch: its scores from the student's (or its own) hidden states, what it does to them, and
+    its hidden states."""
 
-    logits: Callable[[Tensor, Tensor | None], Tensor | None]
+    scores: Callable[[Tensor, Tensor | None], Tensor | None]
+    transform: LogitTransform
     hidden: Tensor | None  # (n, D)
 
     def at(self, part: slice) -> Tensor | None:
         return None if self.hidden is None else self.hidden[part]
+
+    def logits(self, scores: Tensor | None) -> Tensor | None:
+        """From its scores."""
+        return None if scores is None else self.transform(widened(scores))
 
 
 class WeightedLosses:
@@ -41,9 +48,9 @@ class WeightedLosses:
         losses: Mapping[LossSpec, float],
         vocab: int,
         transform: LogitTransform,
-        chunk: int | None,
+        memory: int,
     ):
-        self.losses, self.vocab, self.transform, self.chunk = losses, vocab, transform, chunk
+        self.losses, self.vocab, self.transform, self.memory = losses, vocab, transform, memory
         self.parts: dict[str, Tensor] = {}
 
     def total(
@@ -69,9 +76,15 @@ class WeightedLosses:
         def of_numbers(numbers: Mapping[Number, Tensor]) -> Tensor:
             return add((k, k.from_summary(numbers)) for k in whole if isinstance(k, SummaryLoss))
 
-        def of_chunk(h: Tensor, logits: Tensor, part: slice) -> Tensor:
-            theirs = teacher.logits(h.detach(), teacher.at(part))
-            return add((k, self._value(k, h, logits, labels[part], theirs, dense)) for k in whole)
+        def of_chunk(chunk: slice) -> OfTile:
+            h, y = hidden[chunk].detach(), labels[chunk]
+            scores = teacher.scores(h, teacher.at(chunk))
+
+            def of_tile(logits: Tensor, at: slice) -> Tensor:
+                theirs = teacher.logits(None if scores is None else scores[at])
+                return add((k, self._value(k, h[at], logits, y[at], theirs, dense)) for k in whole)
+
+            return of_tile
 
         apart = [k for k in self.losses if _needs_no_logits(k, head, dense)]
         whole = [k for k in self.losses if k not in apart]
@@ -90,16 +103,23 @@ class WeightedLosses:
         elif dense is not None and self._from_moments(dense, needs):
             out = of_numbers(moments(hidden, labels, dense.weight, self.transform.scale or 1.0))
         elif dense is not None:
-            elements = self.chunk or (2**20 if hidden.device.type == "cpu" else 2**25)
-            out = blocks(hidden, labels, dense, needs, of_numbers, elements=elements)
+            elements = self._elements(hidden, 2**24 if hidden.device.type == "cpu" else 2**26)
+            out = blocks(
+                hidden, labels, dense, needs, of_numbers, elements=elements, memory=self.memory
+            )
         elif isinstance(head, Head) and _has_code_space(head, needs):
             out = of_numbers(_code_space(head, hidden, labels, needs))
         else:
             out = None
         if out is None:
             trained = [p for p in head.parameters() if p.requires_grad]
-            score = dense or functools.partial(self._logits, forward)
-            out = chunks(hidden, trained, score, of_chunk, rows=self._rows(hidden))
+            if dense is None:
+                rows, score = self._rows(hidden), functools.partial(self._logits, forward)
+                out = chunks(hidden, trained, score, of_chunk, rows=rows)
+            else:
+                distilled = any(k.needs_teacher for k in whole)
+                rows = self._elements(hidden) // self.vocab // (2 if distilled else 1)
+                out = chunks(hidden, trained, dense, of_chunk, rows=max(1, rows))
         return (total + out) * later
 
     def per_token(
@@ -111,7 +131,8 @@ class WeightedLosses:
 
         def chunk(h: Tensor, y: Tensor, start: int) -> Tensor:
             of_teacher = teacher.at(slice(start, start + len(h)))
-            logits, theirs = self._logits(forward, h), teacher.logits(h.detach(), of_teacher)
+            logits = self._logits(forward, h)
+            theirs = teacher.logits(teacher.scores(h.detach(), of_teacher))
             values = [
                 self._apart(k, h, y, of_teacher, head, dense)
                 if _needs_no_logits(k, head, dense)
@@ -179,11 +200,15 @@ class WeightedLosses:
     def _logits(self, forward: Function, hidden: Tensor) -> Tensor:
         return self.transform(widened(forward(hidden)))
 
+    def _elements(self, hidden: Tensor, most: int | None = None) -> int:
+        """How many logits the memory holds."""
+        fits = self.memory // hidden.element_size()
+        return fits if most is None else min(fits, most)
+
     def _rows(self, hidden: Tensor) -> int:
-        if self.chunk is not None:
-            return max(1, self.chunk // self.vocab)
-        # in cache on a CPU, but not too few rows for a matrix product
-        return max(64, (2**20 if hidden.device.type == "cpu" else 2**25) // self.vocab)
+        """Of a chunk whose logits autograd keeps in fp32: in cache on a CPU, but enough for a matrix product."""
+        rows = max(64, (2**20 if hidden.device.type == "cpu" else 2**25) // self.vocab)
+        return max(1, min(rows, self._elements(hidden) // self.vocab))
 
     def _dense(self, head: nn.Module) -> Scorer | None:
         """A plain matrix as tensors; None for structured, adapted or quantized heads."""

@@ -27,6 +27,8 @@ from transformers import (
 
 import hf_softheads as sh
 import hf_softheads.losses as L
+from hf_softheads.blocks import blocks
+from hf_softheads.chunked import Scorer
 from hf_softheads.heads import VQ, Dense
 from hf_softheads.heads.base import Head, LogitTransform
 from hf_softheads.losses.base import LossSpec
@@ -134,8 +136,8 @@ def test_equals_eager_for_every_family(family: str, mix: str) -> None:
     expected = eager(model, losses, inputs, teacher).mean()
     expected.backward()
     wanted = gradients(model)
-    for chunk in (150, 10**6):
-        goal = Objective(model, losses, teacher, chunk=chunk)
+    for memory in (1200, 10**7):
+        goal = Objective(model, losses, teacher, memory=memory)
         value = goal(**inputs)
         value.backward()
         torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
@@ -167,8 +169,8 @@ def test_hidden_states_at_hand_in_full_precision(mix: str, steps: Any) -> None:
     ).sum()
     inputs = [hidden, head.weight, head.bias]
     wanted = torch.autograd.grad(expected, inputs)
-    for chunk in (V, 4 * V + 1, 10**6):
-        value = Objective(model, losses, teacher, chunk=chunk).from_hidden(hidden, labels)
+    for memory in (8 * V, 8 * (4 * V + 1), 10**7):
+        value = Objective(model, losses, teacher, memory=memory).from_hidden(hidden, labels)
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(
             torch.autograd.grad(value, inputs), wanted, rtol=1e-9, atol=1e-12
@@ -185,7 +187,7 @@ def test_per_token_losses_and_their_gradients(family: str, mix: str) -> None:
     expected = eager(model, losses, inputs, teacher)
     (expected * weights[kept]).sum().backward()
     wanted = gradients(model)
-    value = Objective(model, losses, teacher, chunk=5 * V)(**inputs, reduction="none")
+    value = Objective(model, losses, teacher, memory=40 * V)(**inputs, reduction="none")
     assert value.shape == (3, 12)
     assert (value[~kept] == 0).all()
     torch.testing.assert_close(value[kept], expected)
@@ -230,7 +232,7 @@ def test_masked_positions_are_not_computed() -> None:
             seen.append(logits.numel())
             return super().per_token(logits, labels, teacher)
 
-    Objective(model, {Counting(): 1.0}, chunk=4 * V)(**inputs)
+    Objective(model, {Counting(): 1.0}, memory=32 * V)(**inputs)
     kept = int((inputs["labels"][:, 1:] != -100).sum())
     assert sum(seen) == kept * V
     assert max(seen) <= 4 * V
@@ -256,11 +258,81 @@ def test_never_holds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
             return out
 
     for losses in ({"cross_entropy": 1.0}, {"sparsemax": 1.0}):
-        goal = Objective(model, losses, chunk=20_000)
+        goal = Objective(model, losses, memory=80_000)
         goal(input_ids=ids, labels=ids)
         with Watch():
             goal(input_ids=ids, labels=ids).backward()
     assert largest < 400 * 5000 / 4
+
+
+def random_head(tokens: int, dtype: torch.dtype) -> tuple[Tensor, nn.Parameter, Tensor]:
+    g = torch.Generator().manual_seed(6)
+    hidden = torch.randn(tokens, D, generator=g).to(dtype).requires_grad_()
+    weight = nn.Parameter(torch.randn(V, D, generator=g).to(dtype))
+    return hidden, weight, torch.randint(V, (tokens,), generator=g)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("memory", "walks"), [(10**6, 1.0), (0, 2.0), ("first block", 1 + (V - 64) / V)]
+)
+def test_scores_that_fit_are_computed_once(
+    memory: Any, walks: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others twice; the result is the same to the last bit."""
+    hidden, weight, labels = random_head(40, dtype)
+    columns: list[int] = []
+    block = Scorer.block
+
+    def counted(head: Scorer, x: Tensor, start: int, stop: int) -> Tensor:
+        columns.append(stop - start)
+        return block(head, x, start, stop)
+
+    monkeypatch.setattr(Scorer, "block", counted)
+    size = 40 * 64 * dtype.itemsize if memory == "first block" else memory
+    found = []
+    for kept in (size, 10**6):
+        columns.clear()
+        numbers = frozenset(("log_prob", "logsumexp"))
+        value = blocks(
+            hidden,
+            labels,
+            Scorer(weight, None, LogitTransform()),
+            numbers,  # type: ignore[arg-type]
+            lambda n: n["logsumexp"].square().mean() - n["log_prob"].mean(),
+            elements=40 * 64,
+            memory=kept,
+        )
+        found.append([value, *torch.autograd.grad(value, [hidden, weight])])
+        if kept == size:
+            assert sum(columns) == round(walks * V)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("losses", ["cross_entropy", "entmax15"])
+def test_full_precision_is_as_good_as_eager(losses: str) -> None:
+    """Error to float64 at most twice that of eager fp32, and the value equal to 1e-6."""
+    hidden, weight, labels = random_head(300, torch.float32)
+    spec = {"cross_entropy": L.CrossEntropy(), "entmax15": L.Entmax15()}[losses]
+
+    def plain(h: Tensor, w: Tensor) -> Tensor:
+        return spec.per_token(h @ w.T, labels, None).mean()
+
+    model = build("llama", torch.float32)
+    model.lm_head.weight = weight
+    inputs = [hidden, weight]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    wanted = torch.autograd.grad(plain(*exact), exact)
+    eager_value = plain(hidden, weight)
+    theirs = torch.autograd.grad(eager_value, inputs)
+    for memory in (0, 64 * V * 4, 2**29):
+        value = Objective(model, {spec: 1.0}, memory=memory).from_hidden(hidden, labels)
+        torch.testing.assert_close(value, eager_value, rtol=1e-6, atol=0)
+        for mine, their, exactly in zip(
+            torch.autograd.grad(value, inputs), theirs, wanted, strict=True
+        ):
+            floor = 2**-23 * exactly.norm()
+            assert (mine - exactly).norm() <= 2 * (their - exactly).norm() + floor
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2_soft_cap"])
@@ -277,7 +349,7 @@ def test_half_precision_is_as_good_as_eager(family: str, losses: Any) -> None:
         model = build(family, torch.bfloat16).to(dtype)
         t = None if teacher is None else teacher.to(torch.bfloat16).to(dtype)
         value = (
-            Objective(model, specs, t, chunk=3 * V)(**inputs)
+            Objective(model, specs, t, memory=6 * V)(**inputs)
             if ours
             else eager(model, specs, inputs, t).mean()
         )
@@ -328,7 +400,7 @@ def test_lora(target: str) -> None:
         expected = eager(model, losses, inputs).mean()
         expected.backward()
         wanted = gradients(model)
-        value = Objective(model, losses, chunk=4 * V)(**inputs)
+        value = Objective(model, losses, memory=32 * V)(**inputs)
         value.backward()
         torch.testing.assert_close(value, expected)
         torch.testing.assert_close(gradients(model), wanted, **TOLERANCE)
@@ -350,7 +422,7 @@ def test_another_model_as_teacher() -> None:
     expected.backward()
     wanted = gradients(model)
     for reduction in ("mean", "none"):
-        value = Objective(model, losses, teacher, chunk=5 * V)(**inputs, reduction=reduction)
+        value = Objective(model, losses, teacher, memory=40 * V)(**inputs, reduction=reduction)
         value = value if reduction == "mean" else value.sum() / kept.sum()
         value.backward()
         torch.testing.assert_close(value, expected)
@@ -508,7 +580,7 @@ def test_a_structured_head(family: str, mix: str) -> None:
     expected = eager(model, losses, inputs, teacher).mean()
     expected.backward()
     wanted = gradients(model)
-    value = Objective(model, losses, teacher, chunk=5 * V)(**inputs)
+    value = Objective(model, losses, teacher, memory=40 * V)(**inputs)
     value.backward()
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(gradients(model), wanted, rtol=1e-3, atol=1e-5)
@@ -548,6 +620,7 @@ class Renamed(LlamaForCausalLM):
             "changes its logits after its head",
         ),
         (lambda m: Objective(m, {"cross_entropy": 1.0})(**batch(), reduction="avg"), "'avg'"),
+        (lambda m: Objective(m, {"cross_entropy": 1.0}, memory=-1), "bytes, got -1"),
     ],
 )
 def test_wrong_input_is_refused(make: Any, message: str) -> None:
@@ -585,6 +658,6 @@ def test_dense_variant_is_a_matrix_to_the_objective() -> None:
             return F.linear(hidden, self.weight, dense.bias)
 
     model.set_output_embeddings(Doubled())
-    Objective(model, {"cross_entropy": 1.0}, chunk=4 * V)(**inputs).backward()
+    Objective(model, {"cross_entropy": 1.0}, memory=32 * V)(**inputs).backward()
     got = gradients(model)
     torch.testing.assert_close(got["lm_head.weight"], wanted["lm_head.weight"])

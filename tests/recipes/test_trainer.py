@@ -83,7 +83,7 @@ def test_the_patched_control_converges_as_the_untouched_model(family: str) -> No
         model = make_model(family, tie_word_embeddings=False).train()  # a new head unties them
         if patched:
             sh.patch(model, head=Dense(), attention=Softmax())
-        goal = sh.Objective(model, {"cross_entropy": 1.0}, chunk=7 * VOCAB)
+        goal = sh.Objective(model, {"cross_entropy": 1.0}, memory=7 * VOCAB * 4)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         curve = []
         for step in range(50):
