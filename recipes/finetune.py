@@ -157,7 +157,9 @@ def run(experiment: Finetune, output: Path) -> dict[str, Any]:
     if accelerator.is_main_process:
         preparing.prepare_start(experiment, output)
     accelerator.wait_for_everyone()
-    model, tokenizer, teacher = preparing.build(experiment, output)
+    model: Any
+    model, tokenizer = preparing.trainable(experiment, output)
+    teacher = preparing.teacher_of(experiment)
     if teacher is not None:
         teacher.to(accelerator.device)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -303,7 +305,6 @@ def finish(
 ) -> dict[str, Any]:
     """Save the model (adapters merged) and the results."""
     state = accelerator.get_state_dict(model)
-    final: Any = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     results: dict[str, Any] = {
         "experiment": experiment.to_dict(),
         "base_model": experiment.model,
@@ -316,6 +317,8 @@ def finish(
         "stages": [],
     }
     if accelerator.is_main_process:
+        final: Any
+        final, _ = preparing.trainable(experiment, output)  # the trained one may be in pieces
         final.load_state_dict(state)
         if experiment.train == "lora":
             final.save_pretrained(output / "adapter")

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import (
+    Accelerator,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    PartialState,
+)
 from text_rows import Batches, Row, documents, rows, stacked
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,6 +59,7 @@ def launch(experiment: Finetune, output: Path) -> Accelerator:
         log_with=experiment.tracker,
         project_dir=str(output),
     )
+    _shard_on_cpus(accelerator)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise RuntimeError(
@@ -65,6 +71,18 @@ def launch(experiment: Finetune, output: Path) -> Accelerator:
             "hf_softheads", config={"experiment": json.dumps(experiment.to_dict())}
         )
     return accelerator
+
+
+def _shard_on_cpus(accelerator: Accelerator) -> None:
+    """accelerate reads an FSDP configuration and leaves it aside where the processes have no accelerator; keep it."""
+    state = accelerator.state
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and state.distributed_type == DistributedType.MULTI_CPU:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if state.mixed_precision != "no":
+            state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+        # every new AcceleratorState copies its parent's
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 
 def _has_bf16() -> bool:
@@ -108,8 +126,8 @@ def prepare_start(experiment: Finetune, output: Path) -> None:
     fresh.rename(start)
 
 
-def build(experiment: Finetune, output: Path) -> tuple[nn.Module, Any, nn.Module | None]:
-    """The model with what is to be trained marked, its tokenizer, and the teacher."""
+def trainable(experiment: Finetune, output: Path) -> tuple[nn.Module, Any]:
+    """The model with what is to be trained marked, and its tokenizer."""
     dtype = getattr(torch, experiment.dtype)
     model, tokenizer = load(str(output / "start"), dtype)
     model.config.use_cache = False
@@ -135,15 +153,20 @@ def build(experiment: Finetune, output: Path) -> tuple[nn.Module, Any, nn.Module
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, config)
-    teacher: nn.Module | None = None
-    if any(loss.needs_teacher for loss in experiment.weighted_losses()):
-        teacher, _ = load(experiment.teacher or experiment.model, dtype)
-        whole = experiment.teacher is not None or experiment.train != "head"
-        needs_states = any(loss.name == "hidden_mse" for loss in experiment.weighted_losses())
-        if not whole and not needs_states:
-            teacher = output_head(teacher)  # type: ignore[arg-type]
-        teacher.requires_grad_(False)  # type: ignore[union-attr]
-    return model, tokenizer, teacher
+    return model, tokenizer
+
+
+def teacher_of(experiment: Finetune) -> nn.Module | None:
+    """What the losses compare with: a model, or for head repair the original head alone."""
+    wanting = [loss for loss in experiment.weighted_losses() if loss.needs_teacher]
+    if not wanting:
+        return None
+    teacher: nn.Module
+    teacher, _ = load(experiment.teacher or experiment.model, getattr(torch, experiment.dtype))
+    same_states = experiment.teacher is None and experiment.train == "head"
+    if same_states and not any(loss.name == "hidden_mse" for loss in wanting):
+        teacher = output_head(teacher)
+    return teacher.requires_grad_(False)
 
 
 def training_text(experiment: Finetune) -> Any:

@@ -270,7 +270,9 @@ def check_transform(model: nn.Module, transform: LogitTransform, batch: Mapping[
     training = base.training
     base.eval()
     try:
-        logits = base(input_ids=batch["input_ids"][:1, :8], use_cache=False).logits.float()
+        # with its wrappers, which gather sharded parameters; but nothing is compiled for so few tokens
+        wrapped = getattr(model, "_orig_mod", model)
+        logits = wrapped(input_ids=batch["input_ids"][:1, :8], use_cache=False).logits.float()
     finally:
         handle.remove()
         base.train(training)
