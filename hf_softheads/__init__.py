@@ -12,6 +12,7 @@ from hf_softheads.config import SoftheadsConfig
 from hf_softheads.description import describe
 from hf_softheads.diagnostics import Diagnostics, diagnose
 from hf_softheads.evaluation import Evaluation, evaluate
+from hf_softheads.head_diagnostics import HeadDiagnostics
 from hf_softheads.objective import Objective, trainer_loss
 from hf_softheads.patching import dense_head, patch, unpatch
 from hf_softheads.repair import Repair, repair_head
@@ -24,6 +25,7 @@ __all__ = [
     "Choice",
     "Diagnostics",
     "Evaluation",
+    "HeadDiagnostics",
     "HeadStats",
     "Objective",
     "Repair",

@@ -77,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluating.set_defaults(run=_eval)
 
     diagnosing = commands.add_parser(
-        "diagnose", help="attention sinks, entropy, sparsity and massive activations on text"
+        "diagnose",
+        help="attention sinks, entropy, sparsity, massive activations and the head on text",
     )
     _add_model(diagnosing)
     diagnosing.add_argument(

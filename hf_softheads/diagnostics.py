@@ -1,4 +1,4 @@
-"""`diagnose`: attention sinks, entropy, sparsity and massive activations, per layer and head.
+"""`diagnose`: attention sinks, entropy, sparsity and massive activations, per layer and head; and the LM head.
 
 Weights are looked at in the blocks of queries in which they are computed; no `(T, T)` map is kept.
 """
@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from hf_softheads import bridge
 from hf_softheads.attention.base import AttentionSpec, Inputs
 from hf_softheads.attention.blocked import Block
+from hf_softheads.head_diagnostics import HeadDiagnostics, diagnose_head
 from hf_softheads.tables import Table
+
+if TYPE_CHECKING:
+    from hf_softheads.stats import HeadStats
 
 _NEAR_ZERO = 1e-5
 
@@ -46,6 +50,8 @@ class Diagnostics:
         largest: the three largest magnitudes of the hidden states after each layer, the embedding's first.
         median: the median magnitude of the same.
         kurtosis: `E (h - μ)⁴ / σ⁴` of the same.
+        head: what the LM head does; None for a model without one, and one that changes its logits after its head in
+            a way that is not understood.
     """
 
     tokens: int
@@ -64,6 +70,7 @@ class Diagnostics:
     largest: list[list[float]]
     median: list[float]
     kurtosis: list[float]
+    head: HeadDiagnostics | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -87,14 +94,15 @@ class Diagnostics:
                 f"{self.kurtosis[i + 1]:.3g}",
             )
         rows = "renormalised rows" if self.renormalised else "rows as they are"
+        head = "" if self.head is None else f"\n\n{self.head}"
         return (
             f"{table}\n  sink rate {self.sink_rate:.1f} % (first key, ε = {self.epsilon}, {rows}), "
-            f"{self.first_column_rate:.1f} % (first column over all rows); {self.tokens:,} tokens"
+            f"{self.first_column_rate:.1f} % (first column over all rows); {self.tokens:,} tokens{head}"
         )
 
     def plot(self, folder: str | Path) -> list[Path]:
-        """Heat maps over layers and heads, and the hidden states by layer, as PNG files."""
-        from hf_softheads.plots import plot_heads, plot_layers
+        """Heat maps over layers and heads, the hidden states by layer, and the head, as PNG files."""
+        from hf_softheads.plots import plot_head, plot_heads, plot_layers
 
         maps = {
             "weight of the first key": self.first_key,
@@ -107,10 +115,13 @@ class Diagnostics:
             "kurtosis": self.kurtosis,
         }
         title = f"{', '.join(dict.fromkeys(self.variants))}: sink rate {self.sink_rate:.1f} %"
-        return [
+        files = [
             plot_heads(maps, Path(folder) / "attention.png", title),
             plot_layers(lines, Path(folder) / "hidden_states.png", "hidden states by layer"),
         ]
+        if self.head is not None:
+            files.append(plot_head(asdict(self.head), Path(folder) / "head.png"))
+        return files
 
 
 @torch.no_grad()
@@ -120,8 +131,9 @@ def diagnose(
     *,
     epsilon: float = 0.3,
     renormalise: bool = True,
+    stats: HeadStats | None = None,
 ) -> Diagnostics:
-    """Look at every attention map and hidden state of a model on one batch, patched or not.
+    """Look at every attention map and hidden state of a model, and at its head, on one batch, patched or not.
 
     Args:
         model: a transformers model.
@@ -129,6 +141,7 @@ def diagnose(
         epsilon: threshold of the sink rates.
         renormalise: divide rows by their sum first, without which maps that do not sum to 1 (sigmoid, softpick) show
             fewer sinks by their scale alone.
+        stats: whose token counts rank the tokens in `head.bands`; by default the batch's own.
 
     Raises:
         ValueError: the model computes its attention itself, or reads fewer than 2 tokens.
@@ -142,6 +155,9 @@ def diagnose(
     layers = bridge.attention_layers(base)
     tallies = {index: Tally(renormalise) for index in layers}
     training = base.training
+    seen: list[Tensor] = []
+    head = bridge.active_head(base) if base.get_output_embeddings() is not None else None
+    handle = head and head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         base.eval()
         with bridge.observed(base, {index: tally.observe for index, tally in tallies.items()}):
@@ -149,10 +165,18 @@ def diagnose(
             output = base(**given, use_cache=False, output_hidden_states=True)
     finally:
         base.train(training)
+        if handle:
+            handle.remove()
     maps = [tally.result() for tally in tallies.values()]
     mask = given.get("attention_mask")
     real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones(shape).bool()
     states = [hidden_state_facts(h[real.to(h.device)]) for h in output.hidden_states]
+    about_head = None
+    if seen and "input_ids" in given and _understood(base):
+        next_is_real = real[:, :-1] & real[:, 1:]
+        labels = given["input_ids"][:, 1:][next_is_real]
+        counts = None if stats is None else stats.token_counts
+        about_head = diagnose_head(base, seen[0][:, :-1][next_is_real], labels, counts)
     alpha = torch.stack([m.alpha for m in maps], 1)  # (B, L, H, K)
     first = torch.stack([m.first_column for m in maps], 1)
     return Diagnostics(
@@ -172,6 +196,7 @@ def diagnose(
         largest=[s[0] for s in states],
         median=[s[1] for s in states],
         kurtosis=[s[2] for s in states],
+        head=about_head,
     )
 
 
@@ -256,6 +281,15 @@ def hidden_state_facts(states: Tensor) -> tuple[list[float], float, float]:
     variance = centred.square().mean()
     kurtosis = (centred**4).mean() / variance.square().clamp(min=1e-300)
     return magnitude.topk(3).values.tolist(), float(magnitude.median()), float(kurtosis)
+
+
+def _understood(model: Any) -> bool:
+    """Whether the model's logits follow from its hidden states."""
+    try:
+        bridge.Reader(model)
+    except ValueError:
+        return False
+    return True
 
 
 def _name(module: nn.Module) -> str:

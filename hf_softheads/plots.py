@@ -113,6 +113,36 @@ def plot_layers(lines: Mapping[str, Sequence[float]], path: str | Path, title: s
     return _save(figure, path)
 
 
+def plot_head(facts: Mapping[str, Any], path: str | Path) -> Path:
+    """Spectra of logits and hidden states, and the loss by token frequency, of a `HeadDiagnostics` as a dictionary."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.6), layout="constrained")
+    for name, rank in (("spectrum", "effective_rank"), ("state_spectrum", "state_effective_rank")):
+        values = [max(value, 1e-8) for value in facts[name]]
+        what = "logits" if name == "spectrum" else "hidden states"
+        label = f"{what}, effective rank {facts[rank]:.0f}"
+        left.plot(range(1, len(values) + 1), values, label=label)
+    left.axvline(facts["dim"], color="#4c566a", lw=1, ls=":", label=f"D = {facts['dim']}")
+    left.set_yscale("log")
+    left.set_xlabel("singular value")
+    left.set_ylabel("÷ the largest")
+    left.set_title(f"{facts['name']}: rank of the logits", loc="left")
+    left.legend(frameon=False, fontsize=8)
+    bands = [band for band in facts["bands"] if band["tokens"]]
+    places = range(len(bands))
+    right.bar(places, [band["loss"] for band in bands], color="#5e81ac", label="this head")
+    if any(band["dense_loss"] is not None for band in bands):
+        dense = [band["dense_loss"] for band in bands]
+        right.scatter(places, dense, color="#bf616a", marker="_", s=400, label="dense head")
+        right.legend(frameon=False, fontsize=8)
+    right.set_xticks(places, [f"≤ {band['last']:,}" for band in bands])
+    right.set_xlabel("frequency rank of the token")
+    right.set_ylabel("loss (nats)")
+    right.set_title("loss by token frequency", loc="left")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
 def plot_ratios(bars: Mapping[str, float], path: str | Path, xlabel: str, title: str) -> Path:
     """Horizontal bars, the longest on top, with a line at 1."""
     names = sorted(bars, key=lambda name: bars[name])

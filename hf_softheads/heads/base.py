@@ -218,6 +218,10 @@ class Head(nn.Module):
         """Floating-point operations to score all tokens for one hidden state."""
         return 2 * self.in_features * self.out_features
 
+    def code_table(self) -> tuple[Tensor, int] | None:
+        """The codes of each token, `(V, G)`, and how many there are to choose from; None for a head without codes."""
+        return None
+
     def notes(self) -> list[str]:
         """Facts about this head that `describe` prints, one a line."""
         return []

@@ -279,6 +279,9 @@ class HierarchicalHead(OuterHead):
         largest = max(stop - start for start, stop in pairwise(edges))
         return len(self.weight) + largest
 
+    def code_table(self) -> tuple[Tensor, int]:
+        return self.codes.long()[:, None], len(self.weight)
+
     def notes(self) -> list[str]:
         sizes = torch.bincount(self.codes.long(), minlength=len(self.weight))
         how = (

@@ -51,5 +51,8 @@ class OuterHead(Head):
         own = sum(p.numel() for p in self.parameters(recurse=False) if p.ndim > 1)
         return self.inner.flops + 2 * own
 
+    def code_table(self) -> tuple[Tensor, int] | None:
+        return self.inner.code_table()
+
     def notes(self) -> list[str]:
         return self.inner.notes()

@@ -137,6 +137,10 @@ class ProductVQHead(RowsHead):
     def prepare(self, hidden: Tensor) -> Tensor:
         return hidden if self.basis is None else F.linear(hidden, self.basis)
 
+    def code_table(self) -> tuple[Tensor, int]:
+        groups, codes, _ = self.weight.shape
+        return unpack_bits(self.packed(), self.bits, groups).long(), codes
+
     def rows(self, which: slice | Tensor) -> Tensor:
         groups, codes, width = self.weight.shape
         parts = [p[which] for p in self.packed()]

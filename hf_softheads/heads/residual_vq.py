@@ -160,6 +160,9 @@ class ResidualVQHead(RowsHead):
 
         return self._derived("index", build, self.codes)
 
+    def code_table(self) -> tuple[Tensor, int]:
+        return self.codes.long(), self.weight.shape[1]
+
     @property
     def flops(self) -> int:
         return 2 * self.weight.numel() + self.codes.numel()

@@ -130,6 +130,9 @@ class ScreenedHead(Head):
         both = self._in_chunks(chunk, hidden, width=self._width)
         return both[..., :k].float(), both[..., k:].long()
 
+    def code_table(self) -> tuple[Tensor, int] | None:
+        return self.inner.code_table() or self.screen.code_table()
+
     @property
     def _width(self) -> int:
         return self.out_features + 2 * self.candidates * self.in_features

@@ -324,6 +324,9 @@ class VQHead(Head):
         value = int(self.floor[0 if self.bias is None else 1])
         return None if value < 0 else math.exp(value / 1e6)
 
+    def code_table(self) -> tuple[Tensor, int]:
+        return self.codes.long()[:, None], len(self.weight)
+
     def notes(self) -> list[str]:
         sizes = self._groups().sizes
         lines = [

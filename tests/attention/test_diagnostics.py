@@ -139,7 +139,7 @@ def test_numbers_make_sense(tokens: Tensor) -> None:
 
 def test_plots(tokens: Tensor, tmp_path: Path) -> None:
     files = sh.diagnose(make_model("llama"), tokens).plot(tmp_path)
-    assert [f.name for f in files] == ["attention.png", "hidden_states.png"]
+    assert [f.name for f in files] == ["attention.png", "hidden_states.png", "head.png"]
     assert all(f.stat().st_size > 5000 for f in files)
 
 
