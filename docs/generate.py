@@ -181,7 +181,12 @@ def attention_table() -> str:
         formula, source = _docstring(cls)
         spec: Any = cls()
         own = cls.init_params is not AttentionSpec.init_params
-        tags = (spec.sums_to_one, spec.exact_zeros, spec.sinks, spec.training_free)
+        tags = (
+            spec.sums_to_one,
+            spec.exact_zeros,
+            spec.sinks,
+            spec.for_pretrained().training_free,
+        )
         table.add(
             f"`{name}`",
             formula,

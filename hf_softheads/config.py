@@ -91,6 +91,15 @@ class SoftheadsConfig(QuantizationConfigMixin):
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
 
+    def for_pretrained(self) -> SoftheadsConfig:
+        """The plan with every attention variant as it starts in a trained model; see `AttentionSpec.for_pretrained`."""
+        attention = self.attention
+        if isinstance(attention, dict):
+            attention = {i: spec.for_pretrained() for i, spec in attention.items()}
+        elif attention is not None:
+            attention = attention.for_pretrained()
+        return SoftheadsConfig(self.head, attention, self.layers, self.inner, stats=self.stats)
+
     def attention_by_layer(self, count: int) -> dict[int, AttentionSpec]:
         """`{layer index: variant}` for a model with `count` attention layers.
 

@@ -85,7 +85,7 @@ def patch(
         ValueError: anything that cannot be done, with the reason, before anything has changed.
         TypeError: `model` is not a transformers model.
     """
-    plan = SoftheadsConfig(head=head, attention=attention, layers=layers)
+    plan = SoftheadsConfig(head=head, attention=attention, layers=layers).for_pretrained()
     if plan.head is None and plan.attention is None:
         raise ValueError("nothing to do: give head=…, attention=…, or both")
     base = base_model(model)

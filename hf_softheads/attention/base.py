@@ -98,6 +98,11 @@ class AttentionSpec(Spec, kind="attention"):
     needs_hidden: ClassVar[bool] = False  # reads the layer's input
     takes_sinks: ClassVar[bool] = False  # starts from the sinks of a model that has them (gpt-oss)
 
+    def for_pretrained(self) -> AttentionSpec:
+        """This variant as `patch` puts it into a trained softmax model: fields left as None get the value that starts
+        closest to the softmax; all others stay as they are."""
+        return self
+
     def init_params(self, geometry: Geometry) -> dict[str, Tensor]:
         """Fresh parameters by name, fp32."""
         return {}

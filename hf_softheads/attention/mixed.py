@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -42,6 +42,9 @@ class Mixed(AttentionSpec, name="mixed"):
     @property
     def decode_safe(self) -> bool:  # type: ignore[override]
         return self.other.decode_safe
+
+    def for_pretrained(self) -> Mixed:
+        return replace(self, other=self.other.for_pretrained())
 
     def init_params(self, geometry: Geometry) -> dict[str, Tensor]:
         """`gate (H,)`, and the other variant's parameters as `other_<name>`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,26 +15,31 @@ from hf_softheads.attention.base import AttentionSpec, Geometry, Params, per_hea
 class SSMax(AttentionSpec, name="ssmax"):
     """`softmax(s_h · log(n) · z)`, n the number of keys that the row sees
 
-    Source: arXiv:2501.19399, eq. 3. With `bias` the factor is `s_h · log(n) + b_h`, which starts as 1 for every n;
-    without it `s` starts as `1 / log(reference_length)`, the identity for rows that see `reference_length` keys.
+    Source: arXiv:2501.19399, eq. 3. With `bias` the factor is `s_h · log(n) + b_h` and starts as 1 for every n: the
+    identity. Without it `s` starts as `1 / log(reference_length)`, the identity for rows that see
+    `reference_length` keys and no others.
 
     Args:
-        reference_length: the length at which the factor starts as 1; the paper's 0.168 is about 380 keys.
-        bias: learn an offset too (better training loss, worse length generalisation).
+        bias: learn an offset too (the paper: better training loss, worse length generalisation). None: as a function,
+            no; in a pretrained model, yes, since only then it starts as what it was.
+        reference_length: where the factor starts as 1 without `bias`; the paper's 0.168 is about 380 keys.
     """
 
     reference_length: int = 380
-    bias: bool = False
+    bias: bool | None = None
 
     @property
     def training_free(self) -> bool:  # type: ignore[override]
-        return self.bias
+        return bool(self.bias)
 
     def __post_init__(self) -> None:
         if self.reference_length < 2:
             raise ValueError(
                 f"reference_length must be at least 2 (log 1 is 0), got {self.reference_length}"
             )
+
+    def for_pretrained(self) -> SSMax:
+        return replace(self, bias=True) if self.bias is None else self
 
     def init_params(self, geometry: Geometry) -> dict[str, Tensor]:
         """`s (H,)` and, with `bias`, `b (H,)`."""

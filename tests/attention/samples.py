@@ -34,7 +34,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
     "ssmax": [{"bias": True}],
     "swat": [{"window": 6}, {"window": 5, "slopes": "negative"}],
-    "top_k": [{"k": 4}],
+    "top_k": [{"k": 4}, *({"k": 4, "rest": r} for r in ("mean", "linear", "quadratic"))],
 }
 SPECS: list[AttentionSpec] = [
     spec_from_dict("attention", {"name": name, **setting})
