@@ -91,10 +91,10 @@ def patch(
     base = base_model(model)
     present = checkpoint.plan_of(base)
     for part in ("head", "attention"):
-        if present is not None and getattr(plan, part) and getattr(present, part):
+        if present is not None and getattr(plan, part) and (there := getattr(present, part)):
             raise ValueError(
-                f"this model's {part} is already patched with {getattr(present, part)}; call "
-                "hf_softheads.unpatch(model) first, or load the original model"
+                f"this model's {part} is already patched with {there}; call hf_softheads.unpatch(model) first, or "
+                "load the original model"
             )
     new_head = None if plan.head is None else _fitted_head(base, plan.head, stats)
     variants = _fresh_variants(base, plan)
@@ -137,8 +137,7 @@ def unpatch(model: M) -> M:
         raise ValueError("this model is not patched")
     if plan.head is not None and (original is None or original.head is None):
         raise ValueError(
-            "the dense head is no longer there: this model was loaded from a patched checkpoint; load the original "
-            "model instead"
+            "the dense head is no longer there: this model was loaded from a patched checkpoint; load the original one"
         )
     original = original or Original(attention="sdpa")
     _restore(base, original, None, plan.head is not None, bridge.attention_layers(base))
@@ -207,12 +206,12 @@ def build_variants(model: PreTrainedModel, plan: SoftheadsConfig) -> dict[int, A
             f"{type(model).__name__} ({model.config.model_type}) computes its attention itself instead of through "
             "transformers' attention interface, so its softmax cannot be replaced; its head can"
         )
-    keys = list(layers)
-    wanted = plan.attention_by_layer(len(keys))
-    return {
-        keys[i]: spec.module(bridge.geometry(model, keys[i], layers[keys[i]][1]))
-        for i, spec in wanted.items()
-    }
+    built = {}
+    for i, spec in plan.attention_by_layer(len(layers)).items():
+        index, (path, module) = list(layers.items())[i]
+        bridge.check_values(path, module, spec)
+        built[index] = spec.module(bridge.geometry(model, index, module))
+    return built
 
 
 # -- details -----------------------------------------------------------------------------------------------------------

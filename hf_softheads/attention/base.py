@@ -53,6 +53,7 @@ class Inputs:
         hidden: the layer's input `(B, Q, hidden_size)`, for variants with `needs_hidden`.
         causal: the own key of a query is the last one it sees; otherwise the one at its own index (encoders).
         dropout: probability with which a weight is dropped and the others grow, in training.
+        tempered: `value` has gone through `AttentionSpec.temper_values` before it entered a cache.
         observe: called with every block of weights, see `blocked.Observer`; nothing is fused then.
     """
 
@@ -68,6 +69,7 @@ class Inputs:
     hidden: Tensor | None = None
     causal: bool = True
     dropout: float = 0.0
+    tempered: bool = False
     observe: blocked.Observer | None = None
 
     def but(self, **changes: Any) -> Inputs:
@@ -84,6 +86,14 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Entering:
+    """Values `(B, Hkv, T, Dv)` on their way into a cache, and the layer's input `(B, T, hidden_size)` behind them."""
+
+    value: Tensor
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
 class AttentionSpec(Spec, kind="attention"):
     """An attention variant: hyper-parameters, parameters and the map from scores to weights.
 
@@ -96,6 +106,7 @@ class AttentionSpec(Spec, kind="attention"):
     training_free: ClassVar[bool] = False  # a pretrained model keeps its quality without training
     decode_safe: ClassVar[bool] = True  # a step over a cache equals the full forward
     needs_hidden: ClassVar[bool] = False  # reads the layer's input
+    tempers_values: ClassVar[bool] = False  # changes values before they enter a cache
     takes_sinks: ClassVar[bool] = False  # starts from the sinks of a model that has them (gpt-oss)
 
     def for_pretrained(self) -> AttentionSpec:
@@ -112,6 +123,10 @@ class AttentionSpec(Spec, kind="attention"):
     ) -> Tensor:
         """Query `(B, H, Q, D)` fp32 times a temperature; `n_keys (1|B, 1|H, Q, 1)` is at least 1."""
         return query
+
+    def temper_values(self, value: Tensor, hidden: Tensor, params: Params) -> Tensor:
+        """Values `(B, Hkv, T, Dv)` as they enter a cache, for variants with `tempers_values`; hidden `(B, T, …)`."""
+        return value
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         """Scores `(B, H, Q, K)` fp32 to weights: exactly 0 where `~keep`, a row that keeps nothing is 0 throughout."""
@@ -170,9 +185,12 @@ class AttentionVariant(nn.Module):
             if not getattr(parameter, "_is_hf_initialized", False):
                 parameter.copy_(value)
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        """`(B, H, Q, Dv)` in the query's dtype."""
-        return run(self.spec, dict(self.named_parameters(recurse=False)), inputs)
+    def forward(self, inputs: Inputs | Entering) -> Tensor:
+        """`(B, H, Q, Dv)` in the query's dtype; for `Entering`, its values as they enter the cache."""
+        params = dict(self.named_parameters(recurse=False))
+        if isinstance(inputs, Entering):
+            return self.spec.temper_values(inputs.value, inputs.hidden, params)
+        return run(self.spec, params, inputs)
 
     def extra_repr(self) -> str:
         return repr(self.spec)

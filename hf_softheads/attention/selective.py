@@ -23,7 +23,8 @@ class Selective(AttentionSpec, name="selective"):
     Args:
         position: the form of the position temperature.
         token: add the token temperature to the queries.
-        values: temper the values too; they must be those of the same forward pass, so no KV cache.
+        values: temper the values too. A patched layer tempers them as they enter its KV cache; `attend` alone takes the
+            values of the queries' own tokens.
         width: hidden units of f.
     """
 
@@ -42,6 +43,10 @@ class Selective(AttentionSpec, name="selective"):
     @property
     def needs_hidden(self) -> bool:  # type: ignore[override]
         return self.token or self.values
+
+    @property
+    def tempers_values(self) -> bool:  # type: ignore[override]
+        return self.values
 
     def init_params(self, geometry: Geometry) -> dict[str, Tensor]:
         """`beta ()`, and per perceptron `in (width, hidden)` and `out (width,)`."""
@@ -62,15 +67,19 @@ class Selective(AttentionSpec, name="selective"):
             temperature = temperature + _token_part("token", hidden, params)
         return query * temperature
 
+    def temper_values(self, value: Tensor, hidden: Tensor, params: Params) -> Tensor:
+        return (value * (1 + _token_part("values", hidden, params))).to(value.dtype)
+
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
-        if self.values and inputs.hidden is not None:
+        if self.values and not inputs.tempered and inputs.hidden is not None:
             if inputs.key.shape[2] != inputs.query.shape[2]:
                 raise ValueError(
                     "selective(values=True) tempers the values of the tokens that this call reads, got "
-                    f"{inputs.query.shape[2]} of them and {inputs.key.shape[2]} cached values; run with use_cache=False"
+                    f"{inputs.query.shape[2]} of them and {inputs.key.shape[2]} cached values; temper values before "
+                    "they enter a cache, as a patched layer does, or run with use_cache=False"
                 )
-            tempered = inputs.value * (1 + _token_part("values", inputs.hidden, params))
-            inputs = inputs.but(value=tempered.to(inputs.value.dtype))
+            value = self.temper_values(inputs.value, inputs.hidden, params)
+            inputs = inputs.but(value=value, tempered=True)
         return super().forward(inputs, params)
 
     def _perceptrons(self) -> list[str]:

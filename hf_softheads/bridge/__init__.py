@@ -1,20 +1,17 @@
 """The only package that knows the inside of transformers.
 
-`attention`: the registered implementation, its mask, the layers. `heads`: the output embedding, hidden states, what a
-family does to its logits. `adoption`: the class of a patched model, and the loss inside its head. Nothing is assigned
-into a transformers class.
+`attention`: the registered implementation, its mask, the layers. `hidden`: the layer's input and its cache. `heads`:
+the output embedding, hidden states, what a family does to its logits. `adoption`: the class of a patched model, and the
+loss inside its head. Nothing is assigned into a transformers class.
 """
 
 from hf_softheads.bridge.adoption import Adopted, adopt, disown
 from hf_softheads.bridge.attention import (
-    CHILD,
     IMPLEMENTATION,
     attention_forward,
     attention_layers,
-    forget_hidden,
     geometry,
     observed,
-    show_hidden,
     take_sinks,
     visible,
 )
@@ -31,6 +28,7 @@ from hf_softheads.bridge.heads import (
     text_config,
     vocabulary,
 )
+from hf_softheads.bridge.hidden import CHILD, check_values, forget_hidden, show_hidden
 
 __all__ = [
     "CHILD",
@@ -44,6 +42,7 @@ __all__ = [
     "attention_layers",
     "base_model",
     "check_transform",
+    "check_values",
     "disown",
     "find_head",
     "forget_hidden",

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_softheads.attention.base import AttentionVariant
-from hf_softheads.bridge.attention import CHILD, IMPLEMENTATION
+from hf_softheads.bridge.attention import IMPLEMENTATION, showing
 from hf_softheads.bridge.heads import active_head
+from hf_softheads.bridge.hidden import CHILD
 from hf_softheads.heads.base import Head
 
 
@@ -103,10 +104,17 @@ def _blank(cls: Any, outer: bool) -> Any:
 
 
 def _fused_forward(original: Any) -> Any:
-    """The family's own forward; in training with labels the head returns `-log p(label)` where logits would be."""
+    """The family's own forward; in training with labels the head returns `-log p(label)` where logits would be, and
+    with `output_attentions` every layer returns its weights."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("output_attentions"):
+            return without_maps(self, *args, **kwargs)
+        with showing(self):
+            return without_maps(self, *args, **kwargs)
+
+    def without_maps(self: Any, *args: Any, **kwargs: Any) -> Any:
         targets = _targets(self, kwargs)
         if targets is None:
             return original(self, *args, **kwargs)

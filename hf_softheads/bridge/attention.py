@@ -17,11 +17,11 @@ from hf_softheads.attention.base import AttentionVariant, Geometry, Inputs, run
 from hf_softheads.attention.blocked import AttentionMap, Observer
 from hf_softheads.attention.learned_sink import LearnedSink
 from hf_softheads.attention.softmax import Softmax
+from hf_softheads.bridge.hidden import CHILD, taken
 
 IMPLEMENTATION = "hf_softheads"  # the attention implementation, also the marker in config.json
-CHILD = "softheads"  # the attention layers' child module that holds a variant and its parameters
 _OBSERVER = "softheads_observer"
-_HIDDEN = "softheads_hidden"
+_SHOWN = "softheads_shown"
 
 
 def attention_forward(
@@ -58,6 +58,7 @@ def attention_forward(
     if keep is None and causal and key.shape[2] > query.shape[2] > 1:
         # a static cache being filled: the mask is implied and only the first Q entries are written
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    hidden, tempered = taken(module)
     inputs = Inputs(
         query=query,
         key=key,
@@ -66,7 +67,8 @@ def attention_forward(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         bias=bias,
-        hidden=getattr(module, _HIDDEN, None),
+        hidden=hidden,
+        tempered=tempered,
         causal=causal,
         dropout=dropout if module.training else 0.0,
         observe=getattr(module, _OBSERVER, None),
@@ -75,8 +77,6 @@ def attention_forward(
     if _wants_weights(module, kwargs):
         shown = AttentionMap()
         inputs = inputs.but(observe=shown)
-    if inputs.hidden is not None:
-        setattr(module, _HIDDEN, None)
     if variant is None:
         out = (
             run(Softmax(), {}, inputs)
@@ -93,6 +93,8 @@ def attention_forward(
 
 def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     asked = kwargs.get("output_attentions")
+    if asked is None:
+        asked = getattr(module, _SHOWN, None)
     if asked is None:
         asked = getattr(getattr(module, "config", None), "output_attentions", False)
     return bool(asked)
@@ -114,12 +116,6 @@ def visible(
         return mask, None
     keep = mask > torch.finfo(mask.dtype).min / 2
     return keep, mask.masked_fill(~keep, 0.0)
-
-
-def show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an attention layer: keeps the layer's input for `attention_forward`, in the same call."""
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    setattr(module, _HIDDEN, hidden)
 
 
 @contextlib.contextmanager
@@ -149,21 +145,25 @@ def observed(model: PreTrainedModel, observers: Mapping[int, Observer]) -> Itera
             model.set_attn_implementation(before)
 
 
+@contextlib.contextmanager
+def showing(model: nn.Module) -> Iterator[None]:
+    """Inside, every attention layer returns its weights, also where the family takes the request for itself (gpt2)."""
+    modules = [module for _, module in attention_layers(model).values()]
+    try:
+        for module in modules:
+            setattr(module, _SHOWN, True)
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop(_SHOWN, None)
+
+
 def take_sinks(module: nn.Module, variant: AttentionVariant) -> None:
     """Start a variant that takes them from the attention sinks `(H,)` that the layer was trained with."""
     sinks = getattr(module, "sinks", None)
     if variant.spec.takes_sinks and isinstance(sinks, Tensor):
         with torch.no_grad():
             variant.get_parameter("sinks").copy_(sinks)
-
-
-def forget_hidden(module: nn.Module) -> None:
-    """Take `show_hidden` off again."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is show_hidden:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-            module.__dict__.pop(_HIDDEN, None)
 
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)

@@ -365,6 +365,20 @@ def test_attention_maps_on_request(spec: AttentionSpec, tokens: Tensor) -> None:
     close(model(rows, output_attentions=True).attentions[1], maps[1], 1e-5)
 
 
+def test_attention_maps_of_every_family(family: str, tokens: Tensor) -> None:
+    """Also where the family takes `output_attentions` for itself and tells its attention nothing (gpt2)."""
+    model = make_model(family)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        want = model(tokens, output_attentions=True).attentions
+        sh.patch(model, attention=sa.Softmax())
+        got = model(tokens, output_attentions=True).attentions
+        assert model(tokens).attentions is None
+    assert len(got) == len(want) == 2
+    for mine, theirs in zip(got, want, strict=True):
+        close(mine, theirs, 1e-5)
+
+
 @pytest.mark.parametrize("spec", [KINDS[1], KINDS[2], KINDS[4]], ids=label)
 def test_peft_trains_and_saves_the_variant(
     spec: AttentionSpec, tokens: Tensor, tmp_path: Any
