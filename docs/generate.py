@@ -231,6 +231,29 @@ def attention_speed_table() -> str:
     return f"{table.markdown()}\n\n{_where(found, '../')}"
 
 
+def training_free_table() -> str:
+    """What variants cost a pretrained model without training, from `training_free.json`."""
+    found = _results("training_free")
+    table = Table(
+        ["variant, every layer", "512 tokens: perplexity ×", "KL", "256: perplexity ×", "KL"]
+    )
+    for row in found["rows"]:
+        name, cells = row["variant"]["name"], []
+        default = variants("attention")[name]().to_dict()
+        changed = {k: v for k, v in row["variant"].items() if v != default[k]}
+        shown = ", ".join(f"{k}={v}" for k, v in changed.items())
+        if row["variant"] != row["asked"]:
+            shown += " (as `patch` puts it in)"
+        for window in ("512", "256"):
+            cells += [f"{row[window]['ratio']:.5f}", f"{row[window]['kl']:.5f}"]
+        table.add(f"`{name}` {shown}".strip(), *cells)
+    tokens = found["rows"][0]["512"]["tokens"]
+    return (
+        f"{table.markdown()}\n\nThe embedded model, trained on {found['trained_length']} tokens, on {tokens:,} held-out "
+        f"tokens. {_where(found, '../')}"
+    )
+
+
 def _docstring(cls: type) -> tuple[str, str]:
     """The formula (first line) and the source of a variant, for a Markdown table."""
     lines = inspect.getdoc(cls).splitlines()
@@ -262,6 +285,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "losses": (ROOT / "docs" / "losses.md", losses_table),
     "distillation": (ROOT / "docs" / "losses.md", distillation_table),
     "attention": (ROOT / "docs" / "variants.md", attention_table),
+    "training free": (ROOT / "docs" / "variants.md", training_free_table),
     "attention speed": (ROOT / "docs" / "variants.md", attention_speed_table),
 }
 

@@ -98,7 +98,6 @@ def patch(
             )
     new_head = None if plan.head is None else _fitted_head(base, plan.head, stats)
     variants = _fresh_variants(base, plan)
-
     original = original_of(base)
     before = _remember(base, original)
     try:

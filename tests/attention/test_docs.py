@@ -12,7 +12,7 @@ from hf_softheads.registry import variants
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("block", ["attention", "attention speed"])
+@pytest.mark.parametrize("block", ["attention", "attention speed", "training free"])
 def test_tables_are_up_to_date(block: str) -> None:
     generator = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     file, make = generator["BLOCKS"][block]
