@@ -68,7 +68,7 @@ def kmeans(
     space = space - space.mean(
         0
     )  # moves no point relative to another; smaller numbers, better bf16
-    fast = _bf16_is_fast(space.device)
+    fast = bf16_is_fast(space.device)
     scored = space.bfloat16() if fast else space
 
     total = iterations + 1
@@ -202,7 +202,7 @@ def fill_empty(labels: Tensor, cost: Tensor, clusters: int) -> None:
                 return
 
 
-def _bf16_is_fast(device: torch.device) -> bool:
+def bf16_is_fast(device: torch.device) -> bool:
     """Whether this processor multiplies bf16 natively; emulated bf16 is slower than fp32."""
     probe = getattr(torch.cpu, "get_capabilities", None)
     found: dict[str, object] = probe() if probe else {}

@@ -140,9 +140,12 @@ class Objective:
             raise RuntimeError(f"{type(self.model).__name__}.forward did not call its head")
         return out[:, :-1, 0] if scale is None else out.flatten()[0]
 
-    def from_hidden(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of hidden states `(n, D)` that are at hand already, and the tokens `(n,)` that follow them."""
-        head, teacher = output_head(self.model), self._view(None)
+    def from_hidden(self, hidden: Tensor, labels: Tensor, head: nn.Module | None = None) -> Tensor:
+        """The mean loss of hidden states `(n, D)` that are at hand already, and the tokens `(n,)` that follow them.
+
+        `head` stands in for the model's.
+        """
+        head, teacher = head or output_head(self.model), self._view(None)
         return self._weighted.total(
             head, head.forward, hidden, labels, teacher, 1 / max(len(labels), 1)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_softheads.bridge import Reader, base_model
+from hf_softheads.heads.base import Head
+from hf_softheads.kmeans import bf16_is_fast
 from hf_softheads.losses.base import LossSpec
 from hf_softheads.losses.kl import KL
-from hf_softheads.objective import Objective
+from hf_softheads.objective import Objective, Teacher
 
 CACHE_BYTES = 2**29
+_LR = 3e-3  # of a head that is not ours
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,25 @@ def repair_head(
     *,
     steps: int = 400,
     batch_size: int = 2048,
-    lr: float = 3e-3,
+    lr: float | None = None,
+    code_lr: float | None = None,
     losses: Mapping[LossSpec | str, float] | None = None,
     seed: int = 0,
 ) -> Repair:
     """Train only the model's head, in place, to give the teacher's distribution on the model's own hidden states.
 
     The hidden states of `rows` are computed once and kept (at most 512 MiB of them); every step takes `batch_size` of
-    them at random. AdamW, a short warm-up, cosine decay to zero.
+    them at random. AdamW, a short warm-up, cosine decay to zero. Where the head's integer codes can be trained
+    (`Head.thaw`), they are real numbers meanwhile, rounded in every step with the gradient passed straight through, and
+    integers again afterwards: what is stored keeps its size. That takes six times the fp32 dense matrix in memory.
 
     Args:
         model: a patched model.
         teacher: its dense head, `dense_head(model)`, or that head's matrix `(V, D)`; None with losses of the labels
             alone.
         rows: token windows `(N, W)` of training text; or what `cache_states` made of them, for several repairs.
+        lr: of the parameters; None: what the head takes for sensible, `repair_lr`.
+        code_lr: of the codes, in codes a step; 0 leaves them alone; None: the head's `code_lr`.
         losses: default the forward KL; several with weights as for `Objective`.
         seed: of the order of the hidden states.
 
@@ -62,8 +71,7 @@ def repair_head(
         ValueError: nothing to train, no text, a teacher of another vocabulary, or a loss that is not finite,
             after which the head is as it was.
     """
-    reader = Reader(base_model(model))
-    head = reader.head
+    head = Reader(base_model(model)).head
     trained = [p for p in head.parameters() if p.is_floating_point()]
     if not trained:
         raise ValueError(f"the head {type(head).__name__} has no floating-point parameter to train")
@@ -71,46 +79,92 @@ def repair_head(
         raise ValueError(
             f"repair needs at least one step of one token, got {steps} of {batch_size}"
         )
-    goal = Objective(model, losses or {KL(): 1.0}, teacher)
-    generator = torch.Generator().manual_seed(seed)
+    losses = losses or {KL(): 1.0}
+    Objective(model, losses, teacher)  # refuses before the text is read
     if isinstance(rows, Tensor):
         rows = cache_states(model, rows, tokens=steps * batch_size, seed=seed)
-    hidden, labels = rows
     before = {k: v.clone() for k, v in head.state_dict().items()}
     wanted = [p.requires_grad for p in trained]
     for p in trained:
         p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    lr = getattr(head, "repair_lr", _LR) if lr is None else lr
+    code_lr = getattr(head, "code_lr", 0.0) if code_lr is None else code_lr
+    codes = head.thaw() if code_lr and isinstance(head, Head) else []
+    groups = [{"params": trained, "lr": lr}]
+    if codes:
+        groups.append({"params": codes, "lr": code_lr})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))),
+    )
+    step_of = _Step(model, losses, teacher)
+    generator = torch.Generator().manual_seed(seed)
     curve: list[float] = []
     try:
         with tqdm(total=steps, desc="repair", disable=None) as bar:
             for step in range(steps):
-                share = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * share
-                chosen = torch.randint(len(hidden), (batch_size,), generator=generator)
-                loss = goal.from_hidden(
-                    hidden[chosen].to(head.weight.device), labels[chosen].to(head.weight.device)
-                )
-                curve.append(float(loss.detach()))
+                chosen = torch.randint(len(rows[0]), (batch_size,), generator=generator)
+                curve.append(step_of(rows[0][chosen], rows[1][chosen]))
                 if not math.isfinite(curve[-1]):
-                    head.load_state_dict(before)
                     raise ValueError(
                         f"the loss is {curve[-1]} at step {step} of {steps}; the head was put back. Try a smaller lr"
                     )
-                loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
+                schedule.step()
                 bar.update()
                 bar.set_postfix(loss=f"{curve[-1]:.3f}", refresh=False)
     finally:
+        if codes:
+            head.freeze()
+        if curve and not math.isfinite(curve[-1]):
+            head.load_state_dict(before)
         for p, flag in zip(trained, wanted, strict=True):
             p.requires_grad_(flag)
             p.grad = None
     tenth = max(1, steps // 10)
     first, last = sum(curve[:tenth]) / tenth, sum(curve[-tenth:]) / tenth
-    return Repair(steps, len(hidden), first, last)
+    return Repair(steps, len(rows[0]), first, last)
+
+
+class _Step:
+    """The gradients of one step. A head that is a matrix in another form builds it once for all tokens of the step."""
+
+    def __init__(self, model: nn.Module, losses: Mapping[LossSpec | str, float], teacher: Teacher):
+        self.head = Reader(base_model(model)).head
+        self.dtype = torch.float32
+        plain = teacher is None or isinstance(teacher, Tensor | nn.Linear)
+        if plain and self._parts() is not None and bf16_is_fast(self.head.weight.device):
+            self.dtype = torch.bfloat16
+            if isinstance(teacher, nn.Linear):
+                teacher = copy.deepcopy(teacher).to(self.dtype)
+        self.goal = Objective(model, losses, teacher)
+
+    def __call__(self, hidden: Tensor, labels: Tensor) -> float:
+        device = self.head.weight.device
+        hidden, labels = hidden.to(device), labels.to(device)
+        parts = self._parts()
+        if parts is None:
+            loss = self.goal.from_hidden(hidden, labels)
+            loss.backward()
+            return float(loss.detach())
+        vocab, dim = parts[0].shape
+        dense = nn.Linear(dim, vocab, bias=len(parts) > 1, device="meta")
+        leaves = [nn.Parameter(part.detach()) for part in parts]
+        dense.weight = leaves[0]
+        if len(leaves) > 1:
+            dense.bias = leaves[1]
+        loss = self.goal.from_hidden(hidden.to(self.dtype), labels, dense)
+        loss.backward()
+        torch.autograd.backward(parts, [leaf.grad for leaf in leaves])
+        return float(loss.detach())
+
+    def _parts(self) -> list[Tensor] | None:
+        """The head as a matrix and, if it has one, a bias."""
+        found = self.head.dense() if isinstance(self.head, Head) else None
+        return None if found is None else [part for part in found if part is not None]
 
 
 @torch.no_grad()

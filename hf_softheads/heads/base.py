@@ -89,6 +89,8 @@ class Head(nn.Module):
 
     weight: nn.Parameter
     keep_in_fp32: tuple[str, ...] = ()  # parameters that half precision would spoil
+    repair_lr: float = 3e-3  # of AdamW in `repair_head`, for the parameters
+    code_lr: float = 0.0  # the same for what `thaw` gives, in codes a step
 
     def __init__(self, dim: int, vocab: int):
         super().__init__()
@@ -173,6 +175,24 @@ class Head(nn.Module):
             return (z - noise.log_()).argmax(-1)  # Gumbel-max
 
         return self._in_chunks(chunk, hidden)
+
+    def dense(self) -> tuple[Tensor, Tensor | None] | None:
+        """A matrix `(V, D)` and a bias, fp32, that give the same raw scores; differentiable.
+
+        For training a head that would rebuild its rows for every chunk of tokens; None where there is no such matrix
+        or chunks are cheaper.
+        """
+        return None
+
+    def thaw(self) -> list[Tensor]:
+        """Hold the integer codes as real numbers, for `repair_head` to train, until `freeze`; [] where they stay.
+
+        The scores are always those of the rounded numbers: training sees what will be stored.
+        """
+        return []
+
+    def freeze(self) -> None:
+        """Round and pack the real numbers that `thaw` gave; the scores stay as they are."""
 
     def reset_parameters(self) -> None:
         """Initialise what a checkpoint did not hold; called by transformers for missing keys."""

@@ -122,6 +122,8 @@ def _balanced_rotation(points: Tensor, importance: Tensor, groups: int) -> Tenso
 class ProductVQHead(RowsHead):
     """`weight` holds the codebooks `(G, C, D / G)`, `basis (D, D)` the rotation; both train, the codes are fixed."""
 
+    repair_lr = 1e-3
+
     def __init__(self, dim: int, vocab: int, groups: int, codes: int, *, bias: bool, rotate: bool):
         super().__init__(dim, vocab, bias=bias)
         self.bits = (codes - 1).bit_length()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.metric import local_moments
 from hf_softheads.heads.packing import PARTS, pack_bits, unpack_bits
-from hf_softheads.heads.rounding import nearest_code, round_with_feedback
+from hf_softheads.heads.rounding import nearest_code, round_through, round_with_feedback
 from hf_softheads.heads.rows import RowsHead
 from hf_softheads.kernels import KernelUnavailable, why_not
 from hf_softheads.kernels.quantized import quantized_scores
@@ -119,10 +119,13 @@ def _group_scales(weight: Tensor, importance: Tensor, bits: int, group: int) -> 
 class QuantizedHead(RowsHead):
     """`weight` holds the scales `(V, D / group)`, which train; the codes are packed into bytes.
 
-    Up to 64 hidden states in half precision and without gradients are scored on a CPU by a C++ kernel from the packed
-    codes, where there is one scale per row and a compiler. `kernels`: "auto", "off", or "require" to raise where it
-    cannot be used.
+    `repair_head` trains the codes too. Up to 64 hidden states in half precision and without gradients are scored on a
+    CPU by a C++ kernel from the packed codes, where there is one scale per row and a compiler. `kernels`: "auto",
+    "off", or "require" to raise where it cannot be used.
     """
+
+    repair_lr = 2e-4  # scales want small steps
+    code_lr = 1e-2
 
     def __init__(self, dim: int, vocab: int, bits: int, group: int, *, bias: bool):
         super().__init__(dim, vocab, bias=bias)
@@ -139,11 +142,21 @@ class QuantizedHead(RowsHead):
     def store(self, scales: Tensor, codes: Tensor) -> None:
         """Take over what `quantize_rows` found."""
         self.weight.copy_(scales)
+        self.pack(codes)
+
+    def unpacked(self) -> Tensor:
+        return unpack_bits(self.packed(), self.bits, self.in_features)
+
+    def pack(self, codes: Tensor) -> None:
+        codes = codes.clamp_max(2**self.bits - 1).to(torch.uint8)
         for packed, new in zip(self.packed(), pack_bits(codes, self.bits), strict=True):
             packed.copy_(new)
 
     def rows(self, which: slice | Tensor) -> Tensor:
-        codes = unpack_bits([p[which] for p in self.packed()], self.bits, self.in_features)
+        if self.latent is None:
+            codes = unpack_bits([p[which] for p in self.packed()], self.bits, self.in_features)
+        else:
+            codes = round_through(self.latent[which], 2**self.bits - 1)
         scale = self.weight[which]
         centred = codes.to(scale.dtype) - (2**self.bits - 1) / 2
         rows: Tensor = centred.view(len(scale), -1, self.group) * scale.unsqueeze(-1)

@@ -133,6 +133,10 @@ class ResidualVQHead(RowsHead):
         """The product of every code with h, `(…, S · C)` fp32: the coordinates in which a row is S ones."""
         return F.linear(hidden, self.weight.flatten(0, 1)).float()
 
+    def dense(self) -> None:
+        """None: chunks of the small table are cheaper than rows."""
+        return
+
     def scores(self, hidden: Tensor) -> Tensor:
         return self._block(self.prepare(hidden), 0, self.out_features)
 

@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def round_through(latent: Tensor, last: Tensor | float) -> Tensor:
+    """The nearest integer in `0 … last` of every number; its gradient is passed on to the number as it is.
+
+    The straight-through estimator (Bengio et al., arXiv 1308.3432), but for what would only push a number further out
+    of the range, whose gradient is 0.
+    """
+    rounded: Tensor = _RoundThrough.apply(latent, torch.as_tensor(last, device=latent.device))
+    return rounded
+
+
+class _RoundThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, last: Tensor) -> Tensor:
+        ctx.save_for_backward(latent, last)
+        return latent.round().clamp_min_(0).minimum(last)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        latent, last = ctx.saved_tensors
+        outwards = ((latent < 0) & (grad > 0)) | ((latent > last) & (grad < 0))
+        return grad.masked_fill(outwards, 0), None
 
 
 def nearest_code(values: Tensor, step: Tensor, offset: Tensor, last: Tensor | float) -> Tensor:

@@ -20,12 +20,14 @@ class RowsHead(Head):
 
     A variant implements `rows`, and `prepare` where its rows live in other coordinates than h. All methods stream
     over the vocabulary: the whole matrix never exists, nor do the logits of many tokens, and the backward pass
-    rebuilds the rows again. A variant that keeps its rows in another order than the tokens' says so by `order`.
+    rebuilds the rows again. A variant that keeps its rows in another order than the tokens' says so by `order`. One
+    whose integer codes can be trained implements `unpacked` and `pack`, and rounds `latent` in `rows` where it is set.
     """
 
     def __init__(self, dim: int, vocab: int, *, bias: bool):
         super().__init__(dim, vocab)
         self.bias = nn.Parameter(torch.empty(vocab)) if bias else None  # in the order of the rows
+        self.latent: Tensor | None = None  # the codes as real numbers, between `thaw` and `freeze`
 
     def order(self) -> Tensor | None:
         """Token of each row, `(V,)` int64; None where that is the row's own number."""
@@ -49,9 +51,42 @@ class RowsHead(Head):
         scores = F.linear(x, self.rows(where).to(x.dtype)).float()
         return scores if self.bias is None else scores + self.bias[where]
 
+    def unpacked(self) -> Tensor | None:
+        """All integer codes, `(V, …)`, in the order of the rows; None if repair cannot train them."""
+        return None
+
+    def pack(self, codes: Tensor) -> None:
+        """Store what `unpacked` gives."""
+        raise NotImplementedError
+
+    def thaw(self) -> list[Tensor]:
+        codes = self.unpacked()
+        if codes is None:
+            return []
+        self.latent = codes.float().requires_grad_()
+        return [self.latent]
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        if self.latent is not None:
+            codes = self.latent.round().clamp_min(0)
+            self.latent = None
+            self.pack(codes)
+
     def prepare(self, hidden: Tensor) -> Tensor:
         """Hidden states `(…, D)` in the coordinates of the rows, `(…, K)`."""
         return hidden
+
+    def dense(self) -> tuple[Tensor, Tensor | None] | None:
+        unit = torch.eye(self.in_features, dtype=self.weight.dtype, device=self.weight.device)
+        rows = torch.cat([self.rows(slice(*ends)).float() for ends in self.blocks()])
+        matrix = rows @ self.prepare(unit).float().T
+        bias: Tensor | None = self.bias
+        places = self.places()
+        if places is not None:
+            matrix = matrix.index_select(0, places)
+            bias = None if bias is None else bias[places]
+        return matrix, None if bias is None else bias.float()
 
     def scores(self, hidden: Tensor) -> Tensor:
         x = self.prepare(hidden)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.metric import local_moments, metric_root, weighted_moment
 from hf_softheads.heads.packing import PARTS, pack, unpack
-from hf_softheads.heads.rounding import nearest_code, round_with_feedback
+from hf_softheads.heads.rounding import nearest_code, round_through, round_with_feedback
 from hf_softheads.heads.rows import RowsHead
 from hf_softheads.kmeans import require_finite
 
@@ -196,9 +196,7 @@ def _quantize_tier(
         codes[mine] = round_with_feedback(
             points[mine], step, offset, last, moments[label], coarsest
         )
-    for plane in head.planes()[tier]:
-        values = (codes[:, plane.columns] >> plane.shift) & (2**plane.width - 1)
-        head.codes[plane.start : plane.stop] = pack(values.T, plane.width).flatten()
+    head.pack_tier(tier, codes)
 
 
 class _Plane(NamedTuple):
@@ -212,7 +210,10 @@ class _Plane(NamedTuple):
 
 
 class TransformCodedHead(RowsHead):
-    """`weight (K,)`, `scale` and `offset (T, K)` and `center (D,)` train; the basis and the codes are integers."""
+    """`weight (K,)`, `scale` and `offset (T, K)` and `center (D,)` train, in `repair_head` the codes too."""
+
+    repair_lr = 2e-4  # scales want small steps
+    code_lr = 1e-2
 
     def __init__(self, dim: int, vocab: int, rank: int, tiers: int, size: int, *, bias: bool):
         super().__init__(dim, vocab, bias=bias)
@@ -270,17 +271,39 @@ class TransformCodedHead(RowsHead):
         assert isinstance(which, slice)  # `blocks` never crosses a tier
         start, stop = which.start, which.stop
         tier = next(t for t, (first, last) in enumerate(self.ranges) if first <= start < last)
-        first, last = self.ranges[tier][0], stop
+        if self.latent is None:
+            codes = self._unpack(tier, start, stop)
+        else:
+            codes = round_through(self.latent[which], 2.0 ** self.bits[tier] - 1)
+        gain = _gain_value(self.gain[start:stop])
+        rows = (codes * self.scale[tier] + self.offset[tier]) * gain[:, None]
+        return F.pad(rows, (0, 1), value=1.0)
+
+    def unpacked(self) -> Tensor:
+        return torch.cat([self._unpack(t, *ends) for t, ends in enumerate(self.ranges)])
+
+    def pack(self, codes: Tensor) -> None:
+        for tier, (start, stop) in enumerate(self.ranges):
+            highest = 2.0 ** self.bits[tier] - 1
+            self.pack_tier(tier, codes[start:stop].minimum(highest).to(torch.uint8))
+
+    def pack_tier(self, tier: int, codes: Tensor) -> None:
+        """Store the codes `(n, K)` uint8 of a tier's rows."""
+        for plane in self.planes()[tier]:
+            values = (codes[:, plane.columns] >> plane.shift) & (2**plane.width - 1)
+            self.codes[plane.start : plane.stop] = pack(values.T, plane.width).flatten()
+
+    def _unpack(self, tier: int, start: int, stop: int) -> Tensor:
+        """Codes of some rows of a tier, `(n, K)` fp32."""
+        first = self.ranges[tier][0]
         codes = torch.zeros(len(self.weight), stop - start, device=self.codes.device)
         for plane in self.planes()[tier]:
             packed = self.codes[plane.start : plane.stop].view(len(plane.columns), -1)
             begin = (start - first) * plane.width // 8  # a multiple of 8 rows
-            end = -(-(last - first) * plane.width // 8)
+            end = -(-(stop - first) * plane.width // 8)
             values = unpack(packed[:, begin:end], plane.width, stop - start)
             codes[plane.columns] += values.float() * 2**plane.shift
-        gain = _gain_value(self.gain[start:stop])
-        rows = (codes.T * self.scale[tier] + self.offset[tier]) * gain[:, None]
-        return F.pad(rows, (0, 1), value=1.0)
+        return codes.T
 
     def notes(self) -> list[str]:
         used = (self.bits > 0).float().mean(1).tolist()

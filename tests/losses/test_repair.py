@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import hf_softheads as sh
-from hf_softheads.heads import VQ, Dense
+from hf_softheads.heads import VQ, Dense, LowRankResidual, Quantized, TransformCoded
+from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.rounding import round_through
 from hf_softheads.orthograd import OrthoGrad, orthogonal
-from hf_softheads.repair import repair_head
+from hf_softheads.repair import cache_states, repair_head
 from tests.conftest import make_model
 
 V, D = 61, 16
@@ -66,6 +68,72 @@ def test_divergence_leaves_the_head_as_it_was() -> None:
     with pytest.raises(ValueError, match="the head was put back"):
         repair_head(patched, sh.dense_head(patched), rows(), steps=30, batch_size=32, lr=1e37)
     torch.testing.assert_close(dict(patched.state_dict()), before, rtol=0, atol=0)
+
+
+CODED: list[HeadSpec] = [Quantized(2), LowRankResidual(2, 2), TransformCoded(8.0, 12, 2)]
+
+
+def repaired(spec: HeadSpec, **arguments: Any) -> tuple[Any, float]:
+    """The head after a repair, and how far it is from the dense one on the text it was repaired on."""
+    patched = sh.patch(model(), head=spec)
+    teacher = sh.dense_head(patched)
+    repair_head(patched, teacher, rows(), steps=60, batch_size=128, **arguments)
+    hidden = cache_states(patched, rows(), tokens=10**6)[0]
+    mine, dense = (h(hidden).log_softmax(-1).detach() for h in (patched.lm_head, teacher))
+    return patched.lm_head, float((dense.exp() * (dense - mine)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("spec", CODED, ids=lambda spec: spec.name)
+def test_trained_codes_come_nearer_and_are_stored_as_before(spec: HeadSpec) -> None:
+    fitted = sh.patch(model(), head=spec).lm_head.state_dict()
+    _, fixed = repaired(spec, code_lr=0)
+    head, trained = repaired(spec, code_lr=0.05)
+    assert trained < 0.8 * fixed
+    state = head.state_dict()
+    assert {k: (v.shape, v.dtype) for k, v in state.items()} == {
+        k: (v.shape, v.dtype) for k, v in fitted.items()
+    }
+    codes = [k for k in state if k.startswith("codes")]
+    assert any(not torch.equal(state[k], fitted[k]) for k in codes)
+    loaded = spec.module(D, V)
+    loaded.load_state_dict(state)
+    h = torch.randn(5, D, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(loaded(h), head(h))
+    again, same = repaired(spec, code_lr=0.05)
+    assert same == trained
+    assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
+
+
+@pytest.mark.parametrize("spec", CODED, ids=lambda spec: spec.name)
+def test_thawed_codes_score_as_stored(spec: HeadSpec) -> None:
+    head = sh.patch(model(), head=spec).lm_head
+    before = {k: v.clone() for k, v in head.state_dict().items()}
+    h = torch.randn(5, D, generator=torch.Generator().manual_seed(2))
+    packed = head(h)
+    (latent,) = head.thaw()
+    assert torch.equal(head(h), packed)
+    torch.testing.assert_close(h @ head.dense()[0].T, packed, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        latent += torch.rand(latent.shape, generator=torch.Generator().manual_seed(3)) * 0.98 - 0.49
+    assert torch.equal(head(h), packed)
+    assert set(head.state_dict()) == set(before)
+    head.freeze()
+    assert torch.equal(head(h), packed)
+    assert all(torch.equal(v, before[k]) for k, v in head.state_dict().items())
+    with torch.no_grad():
+        head.thaw()[0].add_(100)  # far outside: the highest code
+    thawed = head(h)
+    head.freeze()
+    assert torch.equal(head(h), thawed)
+
+
+def test_gradient_goes_through_rounding_but_not_further_out() -> None:
+    latent = torch.tensor([-0.2, -0.2, 1.4, 3.3, 3.3], requires_grad=True)
+    rounded = round_through(latent, 3.0)
+    assert rounded.tolist() == [0, 0, 1, 3, 3]
+    rounded.backward(torch.tensor([1.0, -1.0, 2.0, -1.0, 1.0]))
+    assert latent.grad is not None
+    assert latent.grad.tolist() == [0, -1, 2, 0, 1]
 
 
 @pytest.mark.parametrize(
