@@ -163,9 +163,10 @@ def losses_table() -> str:
 def distillation_table() -> str:
     """The same head repaired with different losses, from `distillation.json`."""
     found = _results("distillation")
-    table = Table(["loss", "perplexity", "KL", "top-1"])
+    table = Table(["loss", "perplexity", "KL", "top-1", "learning rate"])
     for name, row in found["rows"].items():
-        table.add(name, f"{row['perplexity']:.2f}", f"{row['kl']:.4f}", f"{row['top1']:.1%}")
+        quality = f"{row['perplexity']:.2f}", f"{row['kl']:.4f}", f"{row['top1']:.1%}"
+        table.add(name, *quality, f"{row['lr']:g}" if "lr" in row else "")
     settings = found["settings"]
     return (
         f"{table.markdown()}\n\n{settings['codes']} codes, {settings['steps']} steps of {settings['tokens_a_step']:,} "
