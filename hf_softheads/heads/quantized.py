@@ -175,7 +175,6 @@ class QuantizedHead(RowsHead):
             x.reshape(-1, x.shape[-1]),
             [p[start:stop] for p in self.packed()],
             PARTS[self.bits],
-            self.bits,
             scale[start:stop],
         ).view(*x.shape[:-1], stop - start)
         return scores if self.bias is None else scores + self.bias[start:stop]

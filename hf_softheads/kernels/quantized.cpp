@@ -1,146 +1,181 @@
-// Scores of a quantized head without unpacking it: y[b][v] = scale[v] * sum_j (q[v][j] - (2^bits - 1) / 2) * x[b][j].
+// Scores of a quantized head without unpacking it: y[b][v] = scale[v] * sum_j (q[v][j] - middle) * x[b][j].
 //
-// Hidden states are rounded to 15-bit integers, x = step * (128 * high + low), so that a product of packed weights
-// (u8) and both halves (s8) is exact in 32 bits; the result is nearer to fp32 than a bf16 matrix product.
+// Rows are read once, a few at a time, for all hidden states. For many states codes that are cut into planes are
+// put together first, so that each is multiplied once.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <thread>
-#include <vector>
-#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-#include <immintrin.h>
-#endif
+#include "integers.hpp"
+#include "threads.hpp"
 
 namespace {
 
-// Rounded hidden states in the order in which a row of weights meets them: for each group of up to 4 states, 64 bytes of
-// the row and place in a byte, 64 high and 64 low halves of every state of the group.
-struct Halves {
-    std::vector<int8_t> values;
-    int64_t chunks;
-    int8_t* at(int64_t batch, int64_t places, int64_t b, int64_t place, int64_t byte) {
-        const bool grouped = b / 4 * 4 + 4 <= batch;
-        const int64_t first = grouped ? b / 4 * 4 : b, size = grouped ? 4 : 1;
-        return values.data() + first * chunks * places * 128 +
-               (((byte / 64) * places + place) * size + (b - first)) * 128 + byte % 64;
-    }
+constexpr int64_t CHUNK = LANES * 4;
+constexpr int ROWS = VECTORS, AHEAD = 8;  // rows
+
+struct Plane {
+    const uint8_t* codes;
+    int64_t width, bytes;  // of a row
+    int shift;
 };
 
-template <int WIDTH, int BATCH>
-void row(const uint8_t* w, int64_t bytes, const int8_t* x, int64_t* out) {
-    constexpr int places = 8 / WIDTH;
-#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-    const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << WIDTH) - 1));
-    __m512i high[BATCH], low[BATCH];
-    for (int b = 0; b < BATCH; ++b) high[b] = low[b] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < bytes; k += 64) {
-        const int64_t left = bytes - k;
-        const __m512i packed = left >= 64 ? _mm512_loadu_si512(w + k)
-                                          : _mm512_maskz_loadu_epi8((1ULL << left) - 1, w + k);
-        for (int p = 0; p < places; ++p) {
-            const __m512i q = WIDTH == 8 ? packed
-                                         : _mm512_and_si512(_mm512_srli_epi16(packed, p * WIDTH), mask);
-            for (int b = 0; b < BATCH; ++b, x += 128) {
-                high[b] = _mm512_dpbusd_epi32(high[b], q, _mm512_loadu_si512(x));
-                low[b] = _mm512_dpbusd_epi32(low[b], q, _mm512_loadu_si512(x + 64));
+inline int64_t chunks(int64_t bytes) { return (bytes + CHUNK - 1) / CHUNK; }
+
+// Rounded states as a packed row meets them: [pair of states][chunk][place][state of the pair][CHUNK high, CHUNK low].
+struct States {
+    int64_t batch, size;  // bytes of one state
+    Lines halves;
+
+    States(const Rounded& x, int64_t width)
+        : batch(x.batch), size(chunks((x.columns * width + 7) / 8) * 8 / width * 2 * CHUNK), halves(batch * size) {
+        const int64_t places = 8 / width;
+        for (int64_t b = 0; b < batch; ++b) {
+            const int64_t first = b / 2 * 2, pair = std::min<int64_t>(2, batch - first);
+            for (int64_t j = 0; j < x.columns; ++j) {
+                const int64_t byte = j / places, place = j % places;
+                int8_t* to = at(first) + byte % CHUNK +
+                             (((byte / CHUNK) * places + place) * pair + (b - first)) * 2 * CHUNK;
+                to[0] = x.high[b * x.columns + j];
+                to[CHUNK] = x.low[b * x.columns + j];
             }
         }
     }
-    for (int b = 0; b < BATCH; ++b) {  // no overflow: |high| < 2^8 2^7 D, and low is half of that
-        out[b] = 128LL * _mm512_reduce_add_epi32(high[b]) + _mm512_reduce_add_epi32(low[b]);
-    }
-#else
-    int32_t high[BATCH] = {}, low[BATCH] = {};
-    for (int64_t k = 0; k < bytes; k += 64) {
-        const int64_t count = std::min<int64_t>(64, bytes - k);
-        for (int p = 0; p < places; ++p)
-            for (int b = 0; b < BATCH; ++b, x += 128)
-                for (int64_t i = 0; i < count; ++i) {
-                    const int32_t q = (w[k + i] >> (p * WIDTH)) & ((1 << WIDTH) - 1);
-                    high[b] += q * x[i];
-                    low[b] += q * x[64 + i];
+    int8_t* at(int64_t first) const { return halves.data<int8_t>() + first * size; }
+};
+
+// out[s][r] = Σ codes * integers for COUNT of ROWS rows that are `stride` bytes apart and filled up to whole chunks. For
+// the first states the rows that come later are brought near, in the order in which they lie in memory.
+template <int WIDTH, int SIZE, int COUNT>
+void dots(const uint8_t* rows, int64_t stride, int64_t n, const int8_t* x, float* out, bool first) {
+    Words high[SIZE][COUNT], low[SIZE][COUNT], packed[COUNT];
+    EACH(s, SIZE) EACH(r, COUNT) high[s][r] = low[s][r] = zero();
+    for (int64_t k = 0; k < n; ++k) {
+        EACH(r, COUNT) packed[r] = load(rows + r * stride + k * CHUNK);
+        if (first) EACH(r, COUNT) __builtin_prefetch(rows + AHEAD * stride + (k * COUNT + r) * CHUNK);
+        EACH(place, 8 / WIDTH) {
+            EACH(s, SIZE) {
+                Words h = load(x + 2 * s * CHUNK), l = load(x + (2 * s + 1) * CHUNK);
+                keep(h);
+                keep(l);
+                EACH(r, COUNT) {
+                    const Words codes = field<WIDTH>(packed[r], place);
+                    high[s][r] = dot<WIDTH>(high[s][r], codes, h);
+                    low[s][r] = dot<WIDTH>(low[s][r], codes, l);
                 }
+            }
+            x += SIZE * 2 * CHUNK;
+        }
     }
-    for (int b = 0; b < BATCH; ++b) out[b] = 128LL * high[b] + low[b];
-#endif
+    EACH(s, SIZE) EACH(r, COUNT) out[s * ROWS + r] = 128.0f * total(high[s][r]) + total(low[s][r]);
 }
 
+// Few states wait for memory, which likes few streams; many want each of their loads to meet many rows.
 template <int WIDTH>
-void rows(const uint8_t* w, int64_t bytes, const Halves& x, int64_t batch, int64_t* out) {
-    const int64_t size = x.chunks * (8 / WIDTH) * 128;  // of one state
+void dots(const uint8_t* rows, int64_t stride, int64_t n, const States& x, float* out) {
+    constexpr int COUNT = WIDTH >= 4 ? ROWS / 2 : ROWS;
+    if (x.batch <= 2) {
+        for (int64_t r = 0; r < ROWS; r += COUNT) {
+            if (x.batch == 2) dots<WIDTH, 2, COUNT>(rows + r * stride, stride, n, x.at(0), out + r, true);
+            else dots<WIDTH, 1, COUNT>(rows + r * stride, stride, n, x.at(0), out + r, true);
+        }
+        return;
+    }
     int64_t b = 0;
-    for (; b + 4 <= batch; b += 4) row<WIDTH, 4>(w, bytes, x.values.data() + b * size, out + b);
-    for (; b < batch; ++b) row<WIDTH, 1>(w, bytes, x.values.data() + b * size, out + b);
+    for (; b + 2 <= x.batch; b += 2) dots<WIDTH, 2, ROWS>(rows, stride, n, x.at(b), out + b * ROWS, b == 0);
+    if (b < x.batch) dots<WIDTH, 1, ROWS>(rows, stride, n, x.at(b), out + b * ROWS, false);
+}
+
+// codes[column] |= the bits of a packed row.
+template <int WIDTH>
+void put(const uint8_t* row, int64_t dim, int shift, uint8_t* codes) {
+    constexpr int places = 8 / WIDTH;
+    int64_t j = 0;
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+    for (; j + 64 <= dim; j += 64) {  // every byte to as many bytes as it has codes, then each its own bits
+        __m512i v;
+        if (WIDTH == 4) {
+            v = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + j / 2)));
+            v = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi16(v, 4)), _mm512_set1_epi8(15));
+        } else if (WIDTH == 2) {
+            v = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + j / 4)));
+            v = _mm512_or_si512(v, _mm512_slli_epi32(v, 6));
+            v = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi32(v, 12)), _mm512_set1_epi8(3));
+        } else {
+            uint64_t bits;
+            std::memcpy(&bits, row + j / 8, 8);
+            v = _mm512_maskz_set1_epi8(bits, 1);
+        }
+        store(codes + j, _mm512_or_si512(load(codes + j), _mm512_slli_epi16(v, shift)));
+    }
+#endif
+    for (; j < dim; ++j)
+        codes[j] |= static_cast<uint8_t>((row[j / places] >> (j % places * WIDTH) & ((1 << WIDTH) - 1)) << shift);
+}
+
+void put(const Plane& plane, int64_t v, int64_t dim, uint8_t* codes) {
+    const uint8_t* row = plane.codes + v * plane.bytes;
+    switch (plane.width) {
+        case 4: return put<4>(row, dim, plane.shift, codes);
+        case 2: return put<2>(row, dim, plane.shift, codes);
+        default: return put<1>(row, dim, plane.shift, codes);
+    }
+}
+
+void dots(int64_t width, const uint8_t* rows, int64_t stride, int64_t n, const States& x, float* out) {
+    switch (width) {
+        case 8: return dots<8>(rows, stride, n, x, out);
+        case 4: return dots<4>(rows, stride, n, x, out);
+        case 2: return dots<2>(rows, stride, n, x, out);
+        default: return dots<1>(rows, stride, n, x, out);
+    }
 }
 
 }  // namespace
 
-extern "C" const char* instructions() {
-#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-    return "AVX-512";
-#else
-    return "plain";
-#endif
-}
+extern "C" const char* instructions() { return INSTRUCTIONS; }
 
-extern "C" void quantized_scores(const uint8_t* const* planes, const int64_t* widths, int64_t n_planes,
-                                 int64_t bits, const float* scale, int64_t vocab, int64_t dim, const float* hidden,
+extern "C" void quantized_scores(const uint8_t* const* codes, const int64_t* widths, int64_t n_planes, int64_t bits,
+                                 float middle, const float* scale, int64_t vocab, int64_t dim, const float* hidden,
                                  int64_t batch, float* out, int64_t threads) {
-    std::vector<float> step(batch);
-    std::vector<int32_t> rounded(batch * dim);
-    std::vector<double> total(batch, 0.0);
-    for (int64_t b = 0; b < batch; ++b) {
-        float largest = 0;
-        for (int64_t j = 0; j < dim; ++j) largest = std::max(largest, std::fabs(hidden[b * dim + j]));
-        step[b] = largest > 0 ? largest / 16256.0f : 1.0f;
-        for (int64_t j = 0; j < dim; ++j) {
-            rounded[b * dim + j] = static_cast<int32_t>(std::lrint(hidden[b * dim + j] / step[b]));
-            total[b] += rounded[b * dim + j];
-        }
-    }
-    std::vector<Halves> halves(n_planes);
+    const Rounded rounded(batch, dim, [&](int64_t b, int64_t j) { return hidden[b * dim + j]; });
+    const bool together = n_planes > 1 && batch > 8;
+    std::vector<Plane> planes;
+    std::vector<States> states;
     for (int64_t i = 0; i < n_planes; ++i) {
-        const int64_t places = 8 / widths[i], bytes = (dim + places - 1) / places;
-        Halves& x = halves[i];
-        x.chunks = (bytes + 63) / 64;
-        x.values.assign(batch * x.chunks * places * 128, 0);
-        for (int64_t b = 0; b < batch; ++b)
-            for (int64_t j = 0; j < dim; ++j) {
-                const int32_t value = rounded[b * dim + j];
-                const int32_t high = static_cast<int32_t>(std::lrint(value / 128.0));
-                int8_t* to = x.at(batch, places, b, j % places, j / places);
-                to[0] = static_cast<int8_t>(high);
-                to[64] = static_cast<int8_t>(value - 128 * high);
-            }
+        bits -= widths[i];
+        planes.push_back({codes[i], widths[i], (dim * widths[i] + 7) / 8, static_cast<int>(bits)});
+        if (!together) states.emplace_back(rounded, widths[i]);
     }
-    const double middle = ((1 << bits) - 1) / 2.0;
-    auto work = [&](int64_t begin, int64_t end) {
-        std::vector<int64_t> sum(batch), part(batch);
-        for (int64_t v = begin; v < end; ++v) {
-            std::fill(sum.begin(), sum.end(), 0);
-            int64_t below = bits;
-            for (int64_t i = 0; i < n_planes; ++i) {
-                const int64_t bytes = (dim * widths[i] + 7) / 8;
-                const uint8_t* w = planes[i] + v * bytes;
-                switch (widths[i]) {
-                    case 8: rows<8>(w, bytes, halves[i], batch, part.data()); break;
-                    case 4: rows<4>(w, bytes, halves[i], batch, part.data()); break;
-                    case 2: rows<2>(w, bytes, halves[i], batch, part.data()); break;
-                    default: rows<1>(w, bytes, halves[i], batch, part.data());
+    if (together) states.emplace_back(rounded, 8);
+    const int64_t room = chunks(dim) * CHUNK;
+    share(vocab, 256, threads, [&](int64_t begin, int64_t end) {
+        const Lines filled(ROWS * room);
+        std::vector<float> sum(batch * ROWS), part(batch * ROWS);
+        for (int64_t v = begin; v < end; v += ROWS) {
+            const int64_t count = std::min<int64_t>(ROWS, end - v);
+            if (together) {
+                std::memset(filled.data(), 0, ROWS * room);
+                for (const Plane& p : planes)
+                    for (int64_t r = 0; r < count; ++r) put(p, v + r, dim, filled.data() + r * room);
+                dots<8>(filled.data(), room, room / CHUNK, states[0], sum.data());
+            } else {
+                std::fill(sum.begin(), sum.end(), 0.0f);
+                for (int64_t i = 0; i < n_planes; ++i) {
+                    const Plane& p = planes[i];
+                    const int64_t n = chunks(p.bytes);
+                    const uint8_t* rows = p.codes + v * p.bytes;
+                    int64_t stride = p.bytes;
+                    if (p.bytes % CHUNK || count < ROWS) {
+                        stride = n * CHUNK;
+                        for (int64_t r = 0; r < count; ++r) std::memcpy(filled.data() + r * stride, rows + r * p.bytes, p.bytes);
+                        rows = filled.data();
+                    }
+                    dots(p.width, rows, stride, n, states[i], part.data());
+                    for (int64_t k = 0; k < batch * ROWS; ++k) sum[k] += static_cast<float>(1 << p.shift) * part[k];
                 }
-                below -= widths[i];
-                for (int64_t b = 0; b < batch; ++b) sum[b] += part[b] << below;
             }
             for (int64_t b = 0; b < batch; ++b)
-                out[b * vocab + v] = static_cast<float>(scale[v] * step[b] * (sum[b] - middle * total[b]));
+                for (int64_t r = 0; r < count; ++r)
+                    out[b * vocab + v + r] =
+                        scale[v + r] * rounded.step[b] * (sum[b * ROWS + r] - middle * rounded.total[b]);
         }
-    };
-    const int64_t share = (vocab + threads - 1) / threads;
-    std::vector<std::thread> others;
-    for (int64_t t = 1; t < threads; ++t)
-        others.emplace_back(work, std::min(vocab, t * share), std::min(vocab, (t + 1) * share));
-    work(0, std::min(vocab, share));
-    for (auto& other : others) other.join();
+    });
 }

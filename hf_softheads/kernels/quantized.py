@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,32 +12,37 @@ from hf_softheads.kernels import load
 
 
 def quantized_scores(
-    hidden: Tensor, packed: list[Tensor], widths: tuple[int, ...], bits: int, scale: Tensor
+    hidden: Tensor,
+    packed: Sequence[Tensor],
+    widths: tuple[int, ...],
+    scale: Tensor,
+    *,
+    middle: float | None = None,
+    instructions: str = "native",
 ) -> Tensor:
-    """`scale_v Σ_j (q_vj - (2**bits - 1) / 2) h_j`, `(B, V)` fp32.
+    """`scale_v Σ_j (q_vj - middle) h_j`, `(B, V)` fp32.
 
     Args:
         hidden: `(B, D)` on the CPU.
-        packed: what `pack_bits` made of the codes `(V, D)`; widths: `PARTS[bits]`.
+        packed: what `pack_bits` made of the codes `(V, D)`, contiguous; widths: `PARTS[bits]`.
         scale: `(V,)` fp32, contiguous.
+        middle: default `(2**bits - 1) / 2`.
     """
-    function = load("quantized").quantized_scores
+    bits = sum(widths)
     states = hidden.float().contiguous()
     out = torch.empty(len(states), len(scale))
-    planes = (ctypes.c_void_p * len(packed))(*(p.data_ptr() for p in packed))
-    sizes = (ctypes.c_int64 * len(packed))(*widths)
-    whole = ctypes.c_int64
-    function(
-        planes,
-        sizes,
-        whole(len(packed)),
-        whole(bits),
+    load("quantized", instructions).quantized_scores(
+        (ctypes.c_void_p * len(packed))(*(p.data_ptr() for p in packed)),
+        (ctypes.c_int64 * len(packed))(*widths),
+        ctypes.c_int64(len(packed)),
+        ctypes.c_int64(bits),
+        ctypes.c_float((2**bits - 1) / 2 if middle is None else middle),
         ctypes.c_void_p(scale.data_ptr()),
-        whole(len(scale)),
-        whole(states.shape[1]),
+        ctypes.c_int64(len(scale)),
+        ctypes.c_int64(states.shape[1]),
         ctypes.c_void_p(states.data_ptr()),
-        whole(len(states)),
+        ctypes.c_int64(len(states)),
         ctypes.c_void_p(out.data_ptr()),
-        whole(torch.get_num_threads()),
+        ctypes.c_int64(torch.get_num_threads()),
     )
     return out

@@ -8,7 +8,7 @@ import torch
 from hf_softheads import kernels
 from hf_softheads.heads import Quantized
 from hf_softheads.heads.packing import PARTS, pack_bits
-from hf_softheads.kernels import KernelUnavailable, why_not
+from hf_softheads.kernels import INSTRUCTIONS, KernelUnavailable, why_not
 from hf_softheads.kernels.quantized import quantized_scores
 
 needs_compiler = pytest.mark.skipif(
@@ -16,19 +16,32 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+def skip_without(instructions: str) -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    if instructions == "avx2" and capability not in ("AVX2", "AVX512"):
+        pytest.skip(f"this processor has {capability}")
+
+
 @needs_compiler
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("bits", PARTS)
 @pytest.mark.parametrize(
-    ("vocab", "dim", "batch"), [(301, 192, 1), (7, 200, 6), (130, 67, 9), (1, 1, 1)]
+    ("vocab", "dim", "batch"),
+    [(301, 192, 1), (7, 200, 6), (130, 67, 9), (1, 1, 1), (130, 300, 2), (9, 77, 17)],
 )
-def test_kernel_is_better_than_bf16(bits: int, vocab: int, dim: int, batch: int) -> None:
+def test_kernel_is_better_than_bf16(
+    instructions: str, bits: int, vocab: int, dim: int, batch: int
+) -> None:
+    skip_without(instructions)
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(2**bits, (vocab, dim), generator=generator).to(torch.uint8)
     scale = torch.rand(vocab, generator=generator) + 0.1
     hidden = torch.randn(batch, dim, generator=generator) * torch.logspace(-3, 3, batch)[:, None]
     rows = (codes.double() - (2**bits - 1) / 2) * scale.double()[:, None]
     exact = hidden.double() @ rows.T
-    found = quantized_scores(hidden, pack_bits(codes, bits), PARTS[bits], bits, scale)
+    found = quantized_scores(
+        hidden, pack_bits(codes, bits), PARTS[bits], scale, instructions=instructions
+    )
     size = hidden.double().abs() @ rows.abs().T  # what rounding errors are relative to
     assert ((found - exact).abs() <= 2e-4 * size).all()
     eager = hidden.bfloat16() @ rows.bfloat16().T
