@@ -90,6 +90,7 @@ class Objective:
         self._teacher_reader = Reader(teacher) if isinstance(teacher, PreTrainedModel) else None
         self._transform_checked = False
         self._stand_in = torch.compiler.disable(self._score)
+        self._keep = torch.compiler.disable(self._keep_output)
         self._call: _Call | None = None
         self._out: Tensor | None = None
 
@@ -129,12 +130,16 @@ class Objective:
         scale = {"mean": 1 / max(count, 1), "sum": 1.0, "none": None}[reduction]
         teacher_hidden = self._teacher_hidden(batch)
         batch.setdefault("use_cache", False)
+        hook = None
         try:
             with head_as(self.model, self._stand_in) as forward:
                 self._call = _Call(kept, chosen, scale, teacher_hidden, forward)
+                hook = output_head(self.model).register_forward_hook(self._keep)
                 self.model(**batch)
             out = self._out
         finally:
+            if hook is not None:
+                hook.remove()
             self._call = self._out = None
         if out is None:
             raise RuntimeError(f"{type(self.model).__name__}.forward did not call its head")
@@ -171,11 +176,13 @@ class Objective:
         if scale is None:
             each = self._weighted.per_token(head, forward, x, labels, teacher)
             spread = widened(hidden.new_zeros(kept.shape)).masked_scatter(kept, each)
-            self._out = F.pad(spread.unsqueeze(-1), (0, 0, 0, 1))
-        else:
-            total = self._weighted.total(head, forward, x, labels, teacher, scale)
-            self._out = total.repeat(*hidden.shape[:2], 1)  # a view would lose FSDP2's hook
-        return self._out
+            return F.pad(spread.unsqueeze(-1), (0, 0, 0, 1))
+        total = self._weighted.total(head, forward, x, labels, teacher, scale)
+        return total.repeat(*hidden.shape[:2], 1)  # a view would lose FSDP2's hook
+
+    def _keep_output(self, _: nn.Module, __: Any, out: Tensor) -> None:
+        """What the head gave after the hooks of wrappers: ZeRO-3 puts another tensor in its place."""
+        self._out = out
 
     @torch.no_grad()
     def _teacher_hidden(self, batch: Mapping[str, Any]) -> Tensor | None:

@@ -30,7 +30,9 @@ def find_head(model: PreTrainedModel) -> tuple[str, Any]:
             "AutoModelForCausalLM, or patch only its attention"
         )
     path = next(path for path, module in model.named_modules() if module is head)
-    if not isinstance(head, Head) and getattr(head, "weight", torch.empty(0)).ndim != 2:
+    weight = getattr(head, "weight", torch.empty(0))
+    shape = getattr(weight, "ds_shape", weight.shape)  # of a matrix that ZeRO-3 has in pieces
+    if not isinstance(head, Head) and len(shape) != 2:
         raise ValueError(f"the head {path} ({type(head).__name__}) is not a matrix (V, D)")
     return path, head
 

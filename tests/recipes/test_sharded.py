@@ -1,9 +1,10 @@
-"""Two gloo processes: the Objective on a model sharded by `fully_shard`, and under DDP, gives the loss of one."""
+"""Two gloo processes: the Objective on a model sharded by `fully_shard` or ZeRO-3, or under DDP, is that of one."""
 
 from __future__ import annotations
 
 import os
 import socket
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,16 @@ def worker(rank: int, port: int, cases: list[str], folder: str) -> None:
     dist.destroy_process_group()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(port, CASES, str(folder)), nprocs=WORLD)
+    mp.spawn(worker, args=(free_port(), CASES, str(folder)), nprocs=WORLD)
     return folder
 
 
@@ -94,3 +98,54 @@ def test_two_processes_train_as_one(case: str, outcomes: Path) -> None:
         torch.testing.assert_close(
             state[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def zero3(rank: int, port: int, folder: str) -> None:
+    """Three steps of DeepSpeed's ZeRO stage 3, and the whole gradient of every parameter in the first."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_SIZE=str(WORLD))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo")
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    for case in ZERO3:
+        model = model_for(case)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        goal, rows = sh.Objective(engine, LOSSES), ROWS.chunk(WORLD)[rank]
+        loss = goal(input_ids=rows, labels=rows, num_items_in_batch=ROWS[:, 1:].numel())
+        engine.backward(loss * WORLD)
+        found = {k: safe_get_full_grad(p).clone() for k, p in engine.module.named_parameters()}
+        engine.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        if rank == 0:
+            torch.save((float(total), found), Path(folder) / f"{case}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+ZERO3 = ["zero3", "zero3_vq"]
+
+
+@pytest.mark.skipif(not util.find_spec("deepspeed"), reason="deepspeed is not installed")
+def test_zero3_has_the_gradients_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    mp.spawn(zero3, args=(free_port(), str(tmp_path)), nprocs=WORLD)
+    for case in ZERO3:
+        loss, found = torch.load(tmp_path / f"{case}.pt", weights_only=True)
+        model = model_for(case)
+        expected = sh.Objective(model, LOSSES)(input_ids=ROWS, labels=ROWS)
+        expected.backward()
+        assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
