@@ -1,7 +1,8 @@
 """Real text that is on every machine: the source of the running interpreter's standard library.
 
-The embedded model was trained on the `train` split; everything measured on it uses `heldout`. Nothing is
-downloaded and nothing of the text is shipped.
+The embedded model was trained on the `train` split; everything measured on it uses `heldout`; what is chosen by trying
+(learning rates, presets) is tried on `dev`, which are the tests of the held-out modules. Nothing is downloaded and
+nothing of the text is shipped.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sysconfig
 from pathlib import Path
 from typing import Literal
 
-Split = Literal["train", "heldout"]
+Split = Literal["train", "dev", "heldout"]
 HELD_OUT_PERCENT = 4
 _FOREIGN = {"site-packages", "dist-packages", "__pycache__"}
 _GENERATED = "_sysconfigdata"  # differs from machine to machine
@@ -35,17 +36,18 @@ def stdlib_documents(split: Split, *, tests: bool = False) -> list[str]:
     """Source files of one split, sorted by path; `tests` adds the library's own tests where installed.
 
     Raises:
-        FileNotFoundError: this interpreter has no readable standard library sources.
+        FileNotFoundError: this interpreter has no readable standard library sources, or for `dev` no tests.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if _FOREIGN & set(relative.parts) or (not tests and _TESTS & set(relative.parts)):
+        test = bool(_TESTS & set(relative.parts))
+        if _FOREIGN & set(relative.parts) or (test != (split == "dev") and not (test and tests)):
             continue
         if relative.name.startswith(_GENERATED):
             continue
-        if is_held_out(module_of(relative)) != (split == "heldout"):
+        if is_held_out(module_of(relative)) != (split != "train"):
             continue
         try:
             text = path.read_text(encoding="utf-8")
@@ -56,6 +58,6 @@ def stdlib_documents(split: Split, *, tests: bool = False) -> list[str]:
     if not documents:
         raise FileNotFoundError(
             f"no Python sources of the {split} split under {root}: this interpreter ships its standard "
-            "library without sources; pass a text file instead"
+            f"library without {'tests' if split == 'dev' else 'sources'}; pass a text file instead"
         )
     return documents
