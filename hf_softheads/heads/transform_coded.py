@@ -36,7 +36,8 @@ class TransformCoded(HeadSpec, name="transform_coded"):
     The rows in the basis in which their errors matter independently (the Karhunen-Loève basis of `λ^{1/2} W Σ^{1/2}`,
     `Σ = E[h hᵀ]`, `λ_v = E[p_v(1-p_v)]`: the softmax-aware metric of SoftWater, arXiv 2608.12026), each column of each
     tier of equally important tokens in 0 to 8 bits by reverse water-filling: a bit more for every factor 4 in
-    `λ · variance`. Rounding errors are passed on to later columns in the metric of each row's own contexts.
+    `λ · variance`. The basis is stored in 4 bits an entry, and the coordinates are those for it as stored. Rounding
+    errors are passed on to later columns in the metric of each row's own contexts.
 
     Attributes:
         bits: per weight of the dense matrix, everything included (basis, scales, tiers) with parameters in bf16.
@@ -72,7 +73,8 @@ class TransformCoded(HeadSpec, name="transform_coded"):
     def _overhead(self, dim: int, vocab: int) -> int:
         """Bytes of everything but the codes, parameters in bf16."""
         rank = self.rank or dim
-        return rank * dim + 2 * (rank + dim + 2 * self.tiers * rank) + self.tiers * rank + 2 * vocab
+        basis = rank * -(-dim // 2)
+        return basis + 2 * (rank + dim + 2 * self.tiers * rank) + self.tiers * rank + vocab
 
     @torch.no_grad()
     def fit(
@@ -93,48 +95,49 @@ class TransformCoded(HeadSpec, name="transform_coded"):
         moment = root.T @ weighted_moment(weight.float() - center, share).double() @ root
         vectors = torch.linalg.eigh(moment)[1].flip(1)[:, : self.rank or dim]
         basis = vectors.T @ inverse
-        scale = basis.abs().amax(1).div(127).bfloat16().double()
-        head.basis.copy_((basis / scale[:, None]).round())
+        scale = basis.abs().amax(1).div(7).bfloat16().double()
+        codes = (basis / scale[:, None]).round()
+        head.basis.copy_(pack(codes + 8, 4))
         head.weight.copy_(scale)
         head.center.copy_(center)
-        basis = (
-            head.basis.double() * scale[:, None]
-        )  # as stored; the coordinates below are exact for it
+        basis = codes * scale[:, None]  # as stored; the coordinates below are exact for it
         second = root @ root.T
         project = torch.linalg.solve(basis @ second @ basis.T, basis @ second).T.float()
 
         order = importance.argsort(descending=True, stable=True)
         for tier, (start, stop) in enumerate(head.ranges):
-            head.tier[order[start:stop]] = tier
+            head.tier_gain[order[start:stop]] = tier
         tokens = head.order()
+        gains = torch.empty(vocab, dtype=torch.uint8, device=device)
         energy = torch.empty(self.tiers, len(basis), device=device)
         for tier, (start, stop) in enumerate(head.ranges):
             mine = tokens[start:stop]
             points = (weight[mine].float() - center) @ project
             deviation = points.square().mean(0).sqrt().clamp_min(1e-30)
-            head.gain[start:stop] = _gain_code((points / deviation).square().mean(1).sqrt())
-            gain = _gain_value(head.gain[start:stop])
+            gains[start:stop] = _gain_code((points / deviation).square().mean(1).sqrt())
+            gain = _gain_value(gains[start:stop])
             spread = (points / gain[:, None]).var(0, correction=0)
             energy[tier] = spread * (importance[mine] * gain.square()).mean()
+        head.tier_gain[tokens] += gains << 4
         sizes = [stop - start for start, stop in head.ranges]
         head.bits.copy_(_water_fill(energy, sizes, len(head.codes)))
         moments = basis @ moments @ basis.T
         for tier, (start, stop) in enumerate(head.ranges):
             mine = tokens[start:stop]
             points = (weight[mine].float() - center) @ project
-            points /= _gain_value(head.gain[start:stop])[:, None]
+            points /= head.gain()[start:stop, None]
             _quantize_tier(head, tier, points, labels[mine], moments)
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias[tokens])
 
 
 def _gain_code(gain: Tensor) -> Tensor:
-    """Size of a row on a logarithmic scale, 12 codes an octave, uint8."""
-    return (gain.clamp_min(1e-30).log2() * 12 + 128).round().clamp(0, 255).to(torch.uint8)
+    """Size of a row beside the others of its tier on a logarithmic scale, 4 of 16 codes an octave, uint8."""
+    return (gain.clamp_min(1e-30).log2() * 4 + 10).round().clamp(0, 15).to(torch.uint8)
 
 
 def _gain_value(code: Tensor) -> Tensor:
-    return torch.exp2((code.float() - 128) / 12)
+    return torch.exp2((code.float() - 10) / 4)
 
 
 def _water_fill(energy: Tensor, sizes: list[int], budget: int) -> Tensor:
@@ -222,20 +225,26 @@ class TransformCodedHead(RowsHead):
         self.scale = nn.Parameter(torch.empty(tiers, rank))
         self.offset = nn.Parameter(torch.empty(tiers, rank))
         self.basis: Tensor
-        self.gain: Tensor
         self.bits: Tensor
-        self.tier: Tensor
+        self.tier_gain: Tensor  # of each token: its tier, and 16 times the code of its row's size
         self.codes: Tensor
-        self.register_buffer("basis", torch.zeros(rank, dim, dtype=torch.int8))
-        self.register_buffer("gain", torch.zeros(vocab, dtype=torch.uint8))
+        self.register_buffer("basis", torch.zeros(rank, -(-dim // 2), dtype=torch.uint8))
         self.register_buffer("bits", torch.zeros(tiers, rank, dtype=torch.uint8))
-        self.register_buffer("tier", torch.zeros(vocab, dtype=torch.uint8))
+        self.register_buffer("tier_gain", torch.zeros(vocab, dtype=torch.uint8))
         self.register_buffer("codes", torch.zeros(max(0, size), dtype=torch.uint8))
         ends = [max(1, math.ceil(vocab / 2 ** (tiers - 1 - t))) for t in range(tiers)]
         self.ranges = list(zip([0, *ends[:-1]], ends, strict=True))
 
     def order(self) -> Tensor:
-        return self._derived("order", lambda: self.tier.argsort(stable=True), self.tier)
+        return self._derived(
+            "order", lambda: (self.tier_gain & 15).argsort(stable=True), self.tier_gain
+        )
+
+    def gain(self) -> Tensor:
+        """Factor of each row, `(V,)` fp32."""
+        return self._derived(
+            "gain", lambda: _gain_value(self.tier_gain[self.order()] >> 4), self.tier_gain
+        )
 
     def planes(self) -> list[list[_Plane]]:
         """Layout of `codes`, tier by tier; follows from `bits`."""
@@ -264,8 +273,12 @@ class TransformCodedHead(RowsHead):
 
     def prepare(self, hidden: Tensor) -> Tensor:
         shift = F.linear(hidden, self.center.unsqueeze(0))
-        basis = self.basis.to(hidden.dtype) * self.weight[:, None]
+        basis = self._derived("basis", self._basis, self.basis)
+        basis = basis.to(hidden.dtype) * self.weight[:, None]
         return torch.cat([F.linear(hidden, basis), shift], -1)
+
+    def _basis(self) -> Tensor:
+        return (unpack(self.basis, 4, self.in_features).int() - 8).to(torch.int8)
 
     def rows(self, which: slice | Tensor) -> Tensor:
         assert isinstance(which, slice)  # `blocks` never crosses a tier
@@ -275,8 +288,7 @@ class TransformCodedHead(RowsHead):
             codes = self._unpack(tier, start, stop)
         else:
             codes = round_through(self.latent[which], 2.0 ** self.bits[tier] - 1)
-        gain = _gain_value(self.gain[start:stop])
-        rows = (codes * self.scale[tier] + self.offset[tier]) * gain[:, None]
+        rows = (codes * self.scale[tier] + self.offset[tier]) * self.gain()[start:stop, None]
         return F.pad(rows, (0, 1), value=1.0)
 
     def unpacked(self) -> Tensor:

@@ -91,6 +91,17 @@ def test_order_is_a_permutation_sorted_by_importance(toy: Toy) -> None:
     assert torch.equal(order[places.long()], torch.arange(256))
 
 
+def test_coordinates_are_exact_for_the_basis_as_stored(toy: Toy) -> None:
+    """A basis of 4 bits loses nothing where the codes are fine: the coordinates are those for the rounded basis."""
+    spec = TransformCoded(bits=10.0, tiers=1)
+    head = spec.module(16, 256)
+    spec.fit(head, toy.weight, None, toy.stats)
+    assert head.basis.shape == (16, 8)
+    error = (head(toy.hidden) - toy.hidden @ toy.weight.T).detach()
+    spread = (toy.hidden @ toy.weight.T).std()
+    assert (error - error.mean(1, keepdim=True)).std() < 0.01 * spread
+
+
 def test_refuses_a_budget_below_its_tables() -> None:
     with pytest.raises(ValueError, match=r"asked for 0.1 bits per weight; its tables alone take"):
         TransformCoded(bits=0.1).check(64, 512)
