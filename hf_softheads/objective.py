@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from hf_softheads.backends import backend as find_backend
 from hf_softheads.bridge import (
     Function,
     Reader,
@@ -62,10 +63,13 @@ class Objective:
         memory: bytes of logits that may be kept at once, in the dtype of the hidden states; 512 MiB by default. A
             cross-entropy (any loss of a few numbers per token) computes those that do not fit a second time, so that
             `memory=2**25` is its lean mode: a third more work.
+        backend: compute the gradients of a plain cross-entropy of a dense head by `torch` (`F.linear_cross_entropy`),
+            `liger` or `cce` (cut-cross-entropy) instead; refused where that is less exact.
 
     Raises:
-        ValueError: no loss, a teacher that is missing, unused or of another vocabulary, a model without an output
-            embedding, or one that changes its logits in a way that is not understood.
+        ImportError: the backend is not installed.
+        ValueError: no loss, a backend for other losses, a teacher that is missing, unused or of another vocabulary, a
+            model without an output embedding, or one that changes its logits in a way that is not understood.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Objective:
         teacher: Teacher = None,
         *,
         memory: int = 2**29,
+        backend: str | None = None,
     ):
         if memory < 0:
             raise ValueError(f"memory is a number of bytes, got {memory}")
@@ -85,8 +90,9 @@ class Objective:
         self.teacher = teacher
         reader = Reader(base_model(model))
         self.vocab, self.transform = reader.vocab, reader.transform
-        self._weighted = WeightedLosses(self.losses, self.vocab, self.transform, memory)
+        self._weighted = WeightedLosses(self.losses, self.vocab, self.transform, memory, backend)
         _check_losses(self.losses, teacher, self.vocab)
+        _check_backend(backend, self.losses)
         self._teacher_reader = Reader(teacher) if isinstance(teacher, PreTrainedModel) else None
         self._transform_checked = False
         self._stand_in = torch.compiler.disable(self._score)
@@ -227,6 +233,15 @@ def _check_labels(chosen: Tensor, vocab: int) -> None:
             f"labels must be token ids from 0 to {vocab - 1}, or {IGNORE}; got {low} … {high}. Is the tokenizer "
             "another model's?"
         )
+
+
+def _check_backend(name: str | None, losses: Mapping[LossSpec, float]) -> None:
+    if name is None:
+        return
+    find_backend(name)
+    if list(losses) != [CrossEntropy()]:
+        listed = ", ".join(loss.name for loss in losses)
+        raise ValueError(f"the backend {name!r} computes cross_entropy alone, not {listed}")
 
 
 def _check_losses(losses: Mapping[LossSpec, float], teacher: Teacher, vocab: int) -> None:

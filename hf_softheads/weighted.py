@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_softheads.backends import fused_total
 from hf_softheads.blocks import blocks
 from hf_softheads.bridge import Function
 from hf_softheads.chunked import OfTile, Scorer, candidate_logits, chunks, widened
@@ -49,8 +50,10 @@ class WeightedLosses:
         vocab: int,
         transform: LogitTransform,
         memory: int,
+        backend: str | None = None,
     ):
         self.losses, self.vocab, self.transform, self.memory = losses, vocab, transform, memory
+        self.backend = backend
         self.parts: dict[str, Tensor] = {}
 
     def total(
@@ -68,6 +71,11 @@ class WeightedLosses:
         later = 1.0
         if hidden.dtype == torch.float16:
             scale, later = 1.0, scale  # p / n would underflow: scaled in the backward pass, in fp32
+
+        if self.backend is not None and len(labels) and torch.is_grad_enabled():
+            (loss,) = self.losses
+            fused = fused_total(self.backend, hidden, labels, dense)
+            return self._note(loss, fused) * (self.losses[loss] * scale) * later
 
         def add(values: Iterable[tuple[LossSpec, Tensor]]) -> Tensor:
             terms = [self._note(loss, each) * (self.losses[loss] * scale) for loss, each in values]
