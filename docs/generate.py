@@ -194,7 +194,7 @@ def attention_table() -> str:
             source,
             *("yes" if tag else "no" for tag in tags),
             inspect.getdoc(cls.init_params).rstrip(".") if own else "–",
-            spec.path().partition(":")[0],
+            "C++ kernel" if spec.row_map() else spec.path().partition(":")[0],
         )
     return table.markdown()
 

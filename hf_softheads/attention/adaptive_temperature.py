@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, Params, softmax
+from hf_softheads.attention.native import RowMap
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class AdaptiveTemperature(AttentionSpec, name="adaptive_temperature"):
     def __post_init__(self) -> None:
         if not self.polynomial:
             raise ValueError("polynomial needs at least one coefficient")
+
+    def row_map(self) -> RowMap:
+        sizes = (float(len(self.polynomial)), float(len(self.long)))
+        settings = (self.gate, self.long_from, float(self.train_through), *sizes)
+        return RowMap("adaptive_temperature", (*settings, *self.polynomial, *self.long))
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         probabilities = softmax(scores, keep)

@@ -6,6 +6,8 @@ A variant overrides one of two methods of `AttentionSpec`, or both:
 * `scale_queries(query, n_keys, params, hidden)`: the softmax with another temperature. Runs on
   `F.scaled_dot_product_attention`.
 
+On a CPU both run in the C++ kernel where a compiler is found and `row_map` names the kernel's equal of `weights`.
+
 A variant that is more than a row map (normalised keys, an output gate, a mixture) overrides `forward`.
 """
 
@@ -19,7 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_softheads.attention import blocked, fused
+from hf_softheads.attention import blocked, fused, native
+from hf_softheads.attention.native import RowMap
 from hf_softheads.registry import Spec
 
 Params = Mapping[str, Tensor]
@@ -138,21 +141,31 @@ class AttentionSpec(Spec, kind="attention"):
         """The weights and the gradients of scores and parameters; override where a closed form is faster."""
         return blocked.weights_vjp(self.weights, scores, keep, params, grad)
 
+    def row_map(self) -> RowMap | None:
+        """The C++ kernel's row map that equals `weights`; None where it has none, as for maps with parameters."""
+        return None if self._overrides("weights") else native.SOFTMAX
+
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
         """Attention output `(B, H, Q, Dv)`, fp32 or the inputs' dtype."""
         if self._overrides("scale_queries"):
             query = fused.wide(inputs.query)
             scaled = self.scale_queries(query, inputs.n_keys().clamp(min=1), params, inputs.hidden)
             inputs = inputs.but(query=scaled)
+        row_map = self.row_map()
+        if row_map is not None and native.possible(inputs):
+            return native.attend(row_map, inputs)
         if self._overrides("weights") or not fused.possible(inputs):
             return blocked.attend(self, inputs, params)
         return fused.attend(inputs)
 
     def path(self) -> str:
         """How a layer with this variant runs, for `describe`."""
+        torch_path = "scaled_dot_product_attention"
         if self._overrides("weights"):
-            return "query blocks: no fused kernel has this row map"
-        return "scaled_dot_product_attention"
+            torch_path = "query blocks"
+        if self.row_map() is None:
+            return f"{torch_path}: no kernel has this row map"
+        return native.path(torch_path)
 
     def module(self, geometry: Geometry) -> AttentionVariant:
         """The module that a patched layer holds as its child `softheads`."""

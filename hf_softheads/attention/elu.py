@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, Inputs, Params
+from hf_softheads.attention.native import RowMap
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class ELU(AttentionSpec, name="elu"):
     features: bool = False
     eps: float = 1e-8
     sums_to_one: ClassVar[bool] = False
+
+    def row_map(self) -> RowMap | None:
+        if self.features:
+            return None
+        return RowMap("elu", (2.0, self.eps) if self.normalised else (0.0, 1.0))
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         raised = (scores if self.features else _raised(scores)) * keep

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_softheads.attention import threshold
 from hf_softheads.attention.base import AttentionSpec, Geometry, Params, per_head
+from hf_softheads.attention.native import RowMap
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Entmax(AttentionSpec, name="entmax"):
             return {}
         start = self.alpha - 1
         return {"a": torch.full((geometry.heads,), math.log(start / (1 - start)))}
+
+    def row_map(self) -> RowMap | None:
+        return RowMap("entmax", (self.alpha,)) if self.alpha <= 2 and not self.learn else None
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         alpha: float | Tensor = self.alpha

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_softheads.attention import threshold
 from hf_softheads.attention.base import AttentionSpec, Params
+from hf_softheads.attention.native import RowMap
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class Entmax15(AttentionSpec, name="entmax15"):
     """
 
     exact_zeros: ClassVar[bool] = True
+
+    def row_map(self) -> RowMap:
+        return RowMap("entmax", (1.5,))
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         return threshold.entmax(scores, keep, 1.5)

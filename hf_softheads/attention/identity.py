@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, Params
+from hf_softheads.attention.native import RowMap
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Identity(AttentionSpec, name="identity"):
     normalised: bool = True
     sums_to_one: ClassVar[bool] = False
     sinks: ClassVar[bool] = False
+
+    def row_map(self) -> RowMap:
+        return RowMap("identity", (float(self.normalised),))
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         scores = scores * keep

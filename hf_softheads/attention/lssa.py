@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, Inputs, Params
+from hf_softheads.attention.native import RowMap
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class LSSA(AttentionSpec, name="lssa"):
     """
 
     eps: float = 1e-8
+
+    def row_map(self) -> RowMap:
+        return RowMap("softplus", (2.0, self.eps))
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         n = keep.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)

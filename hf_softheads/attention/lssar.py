@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_softheads.attention.base import Params
 from hf_softheads.attention.lssa import LSSA
+from hf_softheads.attention.native import RowMap
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class LSSAR(LSSA, name="lssar"):
     def __post_init__(self) -> None:
         if self.p <= 0:
             raise ValueError(f"p must be positive, got {self.p}")
+
+    def row_map(self) -> RowMap:
+        return RowMap("reweighted", (self.p, 2.0, self.eps))
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         n = keep.sum(-1, keepdim=True).to(scores.dtype)

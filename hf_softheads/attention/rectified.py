@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, Params, softmax
+from hf_softheads.attention.native import RowMap
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class Rectified(AttentionSpec, name="rectified"):
 
     sums_to_one: ClassVar[bool] = False
     exact_zeros: ClassVar[bool] = True
+
+    def row_map(self) -> RowMap:
+        return RowMap("rectified")
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         return softmax(scores, keep & (scores >= 0))

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, Params
+from hf_softheads.attention.native import RowMap
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class ReLU(AttentionSpec, name="relu"):
             raise ValueError(f"power must be 1 or 2, got {self.power}")
         if self.length < 1:
             raise ValueError(f"length must be at least 1, got {self.length}")
+
+    def row_map(self) -> RowMap:
+        divide = {"none": (0.0, 1.0), "length": (0.0, float(self.length)), "n": (1.0, 1.0)}
+        return RowMap("relu_squared" if self.power == 2 else "relu", divide[self.divide])
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         rectified = scores.relu()

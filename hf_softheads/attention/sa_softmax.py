@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, Params, softmax
+from hf_softheads.attention.native import RowMap
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class SASoftmax(AttentionSpec, name="sa_softmax"):
     eps: float = 2e-10
     sums_to_one: ClassVar[bool] = False
     exact_zeros: ClassVar[bool] = True  # the row's smallest score, if it is negative
+
+    def row_map(self) -> RowMap:
+        return RowMap("sa_softmax", (float(self.normalised), self.eps))
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         probabilities = softmax(scores, keep)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, Inputs, Params, lowered
+from hf_softheads.attention.native import RowMap
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Sigmoid(AttentionSpec, name="sigmoid"):
     alibi: bool = False
     sums_to_one: ClassVar[bool] = False
     sinks: ClassVar[bool] = False
+
+    def row_map(self) -> RowMap:
+        row_bias = float(self.row_bias == "log_n")
+        divide = {"none": (0.0, 1.0), "sqrt_n": (1.0, 0.5), "n": (1.0, 1.0), "sum": (2.0, 1e-8)}
+        name = "sigmoid_shifted" if self.row_bias == "lse" else "sigmoid"
+        return RowMap(name, (*divide[self.divide], self.bias, row_bias))
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         return self._divided(self._logits(scores, keep).sigmoid_(), keep)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, Params
+from hf_softheads.attention.native import RowMap
 
 _LARGEST = 75.0  # exp of it times 10⁵ keys is finite in fp32
 
@@ -28,6 +29,9 @@ class Softpick(AttentionSpec, name="softpick"):
     sums_to_one: ClassVar[bool] = False
     exact_zeros: ClassVar[bool] = True
     sinks: ClassVar[bool] = False
+
+    def row_map(self) -> RowMap:
+        return RowMap("softpick", (self.eps,))
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         raised, eps, _ = self._raised(scores, keep)

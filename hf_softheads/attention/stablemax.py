@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, Params
+from hf_softheads.attention.native import RowMap
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,9 @@ class StableMax(AttentionSpec, name="stablemax"):
 
     Source: arXiv:2501.04697. The gradient is finite everywhere; the authors' code gives NaN at z = 1.
     """
+
+    def row_map(self) -> RowMap:
+        return RowMap("stablemax", (2.0, 0.0))
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         raised = s(scores) * keep
