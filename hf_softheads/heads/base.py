@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,7 @@ class Head(nn.Module):
 
     weight: nn.Parameter
     keep_in_fp32: tuple[str, ...] = ()  # parameters that half precision would spoil
+    kernels: Literal["auto", "off", "require"] = "auto"  # set by `use_kernels`
     repair_lr: float = 3e-3  # of AdamW in `repair_head`, for the parameters
     code_lr: float = 0.0  # the same for what `thaw` gives, in codes a step
 
@@ -227,6 +228,16 @@ class Head(nn.Module):
     def path(self) -> str:
         """What computes the scores, for `describe`: `torch`, or a kernel's name, or why there is none."""
         return "torch"
+
+    def why_no_kernel(self) -> str | None:
+        """Why no C++ kernel can run this head here; None if one can."""
+        return "there is none for this variant"
+
+    def use_kernels(self, mode: Literal["auto", "off", "require"]) -> None:
+        """Whether this head and those inside it decode by their C++ kernels: where they can, never, or raising."""
+        for module in self.modules():
+            if isinstance(module, Head):
+                module.kernels = mode
 
     @property
     def bytes_read(self) -> int:

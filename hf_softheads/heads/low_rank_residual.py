@@ -86,5 +86,9 @@ class LowRankResidualHead(QuantizedHead):
     def prepare(self, hidden: Tensor) -> Tensor:
         return torch.cat([hidden, F.linear(hidden, self.down)], -1)
 
+    def compiled(self, hidden: Tensor) -> Tensor:
+        shared = F.linear(F.linear(hidden, self.down), self.up)
+        return super().compiled(hidden).add_(shared)
+
     def rows(self, which: slice | Tensor) -> Tensor:
         return torch.cat([super().rows(which), self.up[which]], -1)

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.compiled import CompiledHead
 from hf_softheads.heads.metric import metric_root
 from hf_softheads.heads.packing import PARTS, pack_bits, unpack_bits
-from hf_softheads.heads.rows import RowsHead
+from hf_softheads.kernels.product_vq import make_tiles, product_vq_scores
 from hf_softheads.kmeans import kmeans, nearest, require_finite
 
 if TYPE_CHECKING:
@@ -119,9 +120,10 @@ def _balanced_rotation(points: Tensor, importance: Tensor, groups: int) -> Tenso
     return rotation
 
 
-class ProductVQHead(RowsHead):
+class ProductVQHead(CompiledHead):
     """`weight` holds the codebooks `(G, C, D / G)`, `basis (D, D)` the rotation; both train, the codes are fixed."""
 
+    kernel = "product_vq"
     repair_lr = 1e-3
 
     def __init__(self, dim: int, vocab: int, groups: int, codes: int, *, bias: bool, rotate: bool):
@@ -142,6 +144,22 @@ class ProductVQHead(RowsHead):
     def code_table(self) -> tuple[Tensor, int]:
         groups, codes, _ = self.weight.shape
         return unpack_bits(self.packed(), self.bits, groups).long(), codes
+
+    def compiled(self, hidden: Tensor) -> Tensor:
+        groups, codes, _ = self.weight.shape
+
+        def tiles() -> Tensor:
+            return make_tiles(unpack_bits(self.packed(), self.bits, groups), codes)
+
+        def books() -> Tensor:
+            return self.weight.detach().float().transpose(1, 2).contiguous()
+
+        return product_vq_scores(
+            self.prepare(hidden).float(),
+            self._derived("tiles", tiles, *self.packed()),
+            self._derived("books", books, self.weight),
+            self.out_features,
+        )
 
     def rows(self, which: slice | Tensor) -> Tensor:
         groups, codes, width = self.weight.shape

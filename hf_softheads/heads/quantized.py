@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.compiled import CompiledHead
 from hf_softheads.heads.metric import local_moments
 from hf_softheads.heads.packing import PARTS, pack_bits, unpack_bits
 from hf_softheads.heads.rounding import nearest_code, round_through, round_with_feedback
-from hf_softheads.heads.rows import RowsHead
-from hf_softheads.kernels import KernelUnavailable, why_not
 from hf_softheads.kernels.quantized import quantized_scores
 from hf_softheads.kmeans import require_finite
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 _SHRINK = torch.linspace(
     1.0, 0.5, 16
 ).tolist()  # of the largest weight: where the grid of a group may end
-_KERNEL_STATES = 64  # more are faster by rebuilding the rows
 _ROWS = 8192  # fitted at once
 
 
@@ -116,21 +114,19 @@ def _group_scales(weight: Tensor, importance: Tensor, bits: int, group: int) -> 
     return scale.squeeze(-1)
 
 
-class QuantizedHead(RowsHead):
+class QuantizedHead(CompiledHead):
     """`weight` holds the scales `(V, D / group)`, which train; the codes are packed into bytes.
 
-    `repair_head` trains the codes too. Up to 64 hidden states in half precision and without gradients are scored on a
-    CPU by a C++ kernel from the packed codes, where there is one scale per row and a compiler. `kernels`: "auto",
-    "off", or "require" to raise where it cannot be used.
+    `repair_head` trains the codes too. With one scale per row a kernel decodes from the packed codes.
     """
 
+    kernel = "quantized"
     repair_lr = 2e-4  # scales want small steps
     code_lr = 1e-2
 
     def __init__(self, dim: int, vocab: int, bits: int, group: int, *, bias: bool):
         super().__init__(dim, vocab, bias=bias)
         self.bits, self.group = bits, group
-        self.kernels: Literal["auto", "off", "require"] = "auto"
         self.weight = nn.Parameter(torch.empty(vocab, dim // group))
         for width in PARTS[bits]:
             size = -(-dim * width // 8)
@@ -162,56 +158,14 @@ class QuantizedHead(RowsHead):
         rows: Tensor = centred.view(len(scale), -1, self.group) * scale.unsqueeze(-1)
         return rows.flatten(1)
 
-    def scores(self, hidden: Tensor) -> Tensor:
-        if self.kernel_or_reason(hidden) is None:
-            return self._block(hidden, 0, self.out_features)
-        return super().scores(hidden)
-
-    def _block(self, x: Tensor, start: int, stop: int) -> Tensor:
-        if self.kernel_or_reason(x) is not None:
-            return super()._block(x, start, stop)
+    def compiled(self, hidden: Tensor) -> Tensor:
         scale = self._derived("scale", lambda: self.weight.detach().float().flatten(), self.weight)
-        scores = quantized_scores(
-            x.reshape(-1, x.shape[-1]),
-            [p[start:stop] for p in self.packed()],
-            PARTS[self.bits],
-            scale[start:stop],
-        ).view(*x.shape[:-1], stop - start)
-        return scores if self.bias is None else scores + self.bias[start:stop]
+        return quantized_scores(hidden, self.packed(), PARTS[self.bits], scale)
 
-    def kernel_or_reason(self, hidden: Tensor) -> str | None:
-        """Why the C++ kernel does not score these hidden states; None if it does.
-
-        Raises:
-            KernelUnavailable: `kernels` is "require", but it cannot.
-        """
-        reason = None
-        if self.kernels == "off":
-            return "switched off"
-        if type(self) is not QuantizedHead or self.group != self.in_features:
-            reason = "only for one scale per row"
-        elif hidden.device.type != "cpu":
-            reason = "only on a CPU"
-        elif hidden.dtype == torch.float32:
-            reason = "only for bf16 and fp16 hidden states, fp32 ones are scored in fp32"
-        elif torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad):
-            reason = "no gradients"
-        elif torch.compiler.is_compiling():
-            reason = "not inside torch.compile"
-        elif hidden.numel() > _KERNEL_STATES * self.in_features:
-            reason = f"more than {_KERNEL_STATES} hidden states at once"
-        else:
-            reason = why_not("quantized")
-        if reason is not None and self.kernels == "require":
-            raise KernelUnavailable(f"the kernel of this quantized head cannot be used: {reason}")
-        return reason
-
-    def notes(self) -> list[str]:
-        with torch.no_grad():
-            reason = self.kernel_or_reason(
-                self.weight.new_zeros(1, self.in_features, dtype=torch.bfloat16)
-            )
-        return [f"decoding kernel: {'C++' if reason is None else 'none, ' + reason}"]
+    def why_no_kernel(self) -> str | None:
+        if self.group != self.in_features:
+            return "only for one scale per row"
+        return super().why_no_kernel()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, group={self.group}"

@@ -6,17 +6,19 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.compiled import CompiledHead
 from hf_softheads.heads.metric import local_moments, metric_root, weighted_moment
 from hf_softheads.heads.packing import PARTS, pack, unpack
 from hf_softheads.heads.rounding import nearest_code, round_through, round_with_feedback
-from hf_softheads.heads.rows import RowsHead
+from hf_softheads.kernels.quantized import quantized_scores
+from hf_softheads.kernels.transform_coded import Plane, Tiles, make_tiles, transform_coded_scores
 from hf_softheads.kmeans import require_finite
 
 if TYPE_CHECKING:
@@ -202,19 +204,10 @@ def _quantize_tier(
     head.pack_tier(tier, codes)
 
 
-class _Plane(NamedTuple):
-    """Some bits of some columns of a tier: where in `codes` they are, `(columns, bytes)`."""
-
-    columns: Tensor
-    width: int
-    shift: int
-    start: int
-    stop: int
-
-
-class TransformCodedHead(RowsHead):
+class TransformCodedHead(CompiledHead):
     """`weight (K,)`, `scale` and `offset (T, K)` and `center (D,)` train, in `repair_head` the codes too."""
 
+    kernel = "transform_coded"
     repair_lr = 2e-4  # scales want small steps
     code_lr = 1e-2
 
@@ -246,10 +239,10 @@ class TransformCodedHead(RowsHead):
             "gain", lambda: _gain_value(self.tier_gain[self.order()] >> 4), self.tier_gain
         )
 
-    def planes(self) -> list[list[_Plane]]:
+    def planes(self) -> list[list[Plane]]:
         """Layout of `codes`, tier by tier; follows from `bits`."""
 
-        def build() -> list[list[_Plane]]:
+        def build() -> list[list[Plane]]:
             layout, start = [], 0
             for bits, (first, last) in zip(self.bits.cpu(), self.ranges, strict=True):
                 planes = []
@@ -259,7 +252,7 @@ class TransformCodedHead(RowsHead):
                     for width in parts if len(columns) else ():
                         below -= width
                         stop = start + len(columns) * -(-(last - first) * width // 8)
-                        planes.append(_Plane(columns, width, below, start, stop))
+                        planes.append(Plane(columns, width, below, start, stop))
                         start = stop
                 layout.append(planes)
             return layout
@@ -279,6 +272,23 @@ class TransformCodedHead(RowsHead):
 
     def _basis(self) -> Tensor:
         return (unpack(self.basis, 4, self.in_features).int() - 8).to(torch.int8)
+
+    def compiled(self, hidden: Tensor) -> Tensor:
+        def tiles() -> Tiles:
+            return make_tiles(self.ranges, self.planes(), self.codes)
+
+        order = self.order()
+        token = self._derived("token", order.int, order)
+        x = quantized_scores(hidden, [self.basis], (4,), self.weight.float(), middle=8)
+        return transform_coded_scores(
+            x,
+            self._derived("tiles", tiles, self.codes, self.bits),
+            self.scale.float(),
+            self.offset.float(),
+            self.gain(),
+            token,
+            hidden.float() @ self.center.float(),
+        )
 
     def rows(self, which: slice | Tensor) -> Tensor:
         assert isinstance(which, slice)  # `blocks` never crosses a tier

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-_FLAGS = ("-O3", "-std=c++17", "-pthread")
+_FLAGS = ("-O3", "-std=c++17", "-pthread", "-fopenmp")
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "native": ("-march=native",),
     "avx2": ("-march=x86-64-v3",),

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from hf_softheads import kernels
-from hf_softheads.heads import Quantized
+from hf_softheads.heads import LowRankResidual, ProductVQ, Quantized, TransformCoded
+from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.packing import PARTS, pack_bits
-from hf_softheads.kernels import INSTRUCTIONS, KernelUnavailable, why_not
+from hf_softheads.kernels import (
+    INSTRUCTIONS,
+    KernelUnavailable,
+    product_vq,
+    quantized,
+    transform_coded,
+    why_not,
+)
 from hf_softheads.kernels.quantized import quantized_scores
+from tests.heads.conftest import Toy
 
 needs_compiler = pytest.mark.skipif(
     why_not("quantized") is not None, reason=str(why_not("quantized"))
@@ -63,13 +74,91 @@ def test_head_uses_it_for_decoding(bits: int) -> None:
     assert "fp32" in str(head.kernel_or_reason(hidden.float()))
     with torch.no_grad():
         head.kernels = "require"
-        assert "C++" in head.notes()[0]
+        assert head.path.startswith("C++")
         fast, best = head(hidden), head.topk(hidden, 3)
         head.kernels = "off"
         plain = head.float()(hidden.float())
-        assert "none" in head.notes()[0]
+        assert head.path == "torch (switched off)"
     torch.testing.assert_close(fast, plain, rtol=1e-3, atol=5e-3)
     torch.testing.assert_close(best[0], fast.topk(3).values)
+
+
+def fitted(spec: HeadSpec, toy: Toy, *, bias: bool = False) -> Any:
+    head = spec.module(*toy.shape, bias=bias)
+    offsets = torch.linspace(-1, 1, len(toy.weight)) if bias else None
+    spec.fit(head, toy.weight, offsets, toy.stats)
+    return head.requires_grad_(False)
+
+
+@needs_compiler
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("bits", [1.5, 4.0, 8.0])
+def test_transform_coded_kernel(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, instructions: str, batch: int, bits: float
+) -> None:
+    skip_without(instructions)
+    use(monkeypatch, instructions)
+    head = fitted(TransformCoded(bits=bits + 1.3, tiers=3), toy, bias=True)
+    hidden = toy.hidden[:batch]
+    exact = head.scores(hidden)
+    head.use_kernels("require")
+    assert head.path.startswith("C++")
+    found = head.scores(hidden)
+    assert (found - exact).abs().max() < 2e-4 * exact.abs().max()
+    best, tokens = head.topk(hidden, 3)
+    torch.testing.assert_close(best, found.topk(3).values)
+    log_prob = head.log_prob(hidden, tokens[:, 0])
+    torch.testing.assert_close(log_prob, found.log_softmax(-1).amax(-1))
+
+
+@needs_compiler
+def test_low_rank_residual_kernel(toy: Toy) -> None:
+    head = fitted(LowRankResidual(rank=2, bits=3), toy, bias=True)
+    exact = head.scores(toy.hidden[:5])
+    head.use_kernels("require")
+    assert (head.scores(toy.hidden[:5]) - exact).abs().max() < 2e-4 * exact.abs().max()
+
+
+@needs_compiler
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize(
+    "spec", [ProductVQ(8, 256), ProductVQ(16, 16), ProductVQ(4, 64), ProductVQ(2, 4, rotate=False)]
+)
+def test_product_vq_kernel_errs_by_half_a_step_of_each_table(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, instructions: str, batch: int, spec: ProductVQ
+) -> None:
+    skip_without(instructions)
+    use(monkeypatch, instructions)
+    head = fitted(spec, toy, bias=True)
+    hidden = toy.hidden[:batch]
+    exact = head.scores(hidden)
+    x = head.prepare(hidden).view(batch, spec.groups, 1, -1)
+    tables = (x * head.weight).sum(-1)
+    step = (tables.amax(-1) - tables.amin(-1)).amax(1) / 255  # of the widest table of a block
+    head.use_kernels("require")
+    error = (head.scores(hidden) - exact).abs().amax(1)
+    assert (error <= 0.51 * spec.groups * step + 1e-5).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("codes", [16, 256])
+def test_product_vq_kernel_with_many_groups(codes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = ProductVQ(groups=201, codes=codes, rotate=False).module(402, 700).requires_grad_(False)
+    head.weight.normal_(generator=generator)
+    head.get_buffer("codes8" if codes == 256 else "codes4").random_(0, 256, generator=generator)
+    hidden = torch.randn(3, 402, generator=generator)
+    exact = head.scores(hidden)
+    head.use_kernels("require")
+    assert (head.scores(hidden) - exact).std() < 0.02 * exact.std()
+
+
+def use(monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
+    """Let every kernel run on a smaller instruction set."""
+    for module in (product_vq, quantized, transform_coded):
+        monkeypatch.setattr(module, "load", lambda name, _: kernels.load(name, instructions))
 
 
 def test_a_kernel_that_is_required_and_cannot_be_used_is_an_error() -> None:
@@ -90,7 +179,7 @@ def test_without_a_compiler_everything_works_and_says_so(
         with torch.no_grad():
             head.weight.fill_(1.0)
             assert head.bfloat16()(torch.ones(1, 64, dtype=torch.bfloat16)).shape == (1, 100)
-        assert head.notes()[0].startswith("decoding kernel: none, no C++ compiler (")
-        assert "no-such-compiler" in head.notes()[0]
+        assert head.path.startswith("torch (no C++ compiler (")
+        assert "no-such-compiler" in head.path
     finally:
         kernels.load.cache_clear()

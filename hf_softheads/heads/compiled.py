@@ -1,0 +1,101 @@
+"""Heads whose decoding step has a C++ kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_softheads.heads.base import Head
+from hf_softheads.heads.rows import RowsHead
+from hf_softheads.kernels import KernelUnavailable, instructions, why_not
+
+_STATES = 64  # more are faster by rebuilding the rows
+
+
+class CompiledHead(RowsHead):
+    """A `RowsHead` that a kernel scores straight from its codes, for few hidden states and without gradients.
+
+    A variant names its `kernel` (a file of `kernels/`) and implements `compiled`. fp32 hidden states keep the plain
+    path unless `kernels` is "require": a kernel is nearer to fp32 than a bf16 product is, not equal to it.
+    """
+
+    kernel: str
+
+    def compiled(self, hidden: Tensor) -> Tensor:
+        """Scores `(B, V)` fp32 of `hidden (B, D)` in the order of the tokens, without the bias."""
+        raise NotImplementedError
+
+    def why_no_kernel(self) -> str | None:
+        if self.weight.device.type not in ("cpu", "meta"):
+            return "only on a CPU"
+        return why_not(self.kernel)
+
+    def kernel_or_reason(self, hidden: Tensor) -> str | None:
+        """Why the kernel does not score these hidden states; None if it does.
+
+        Raises:
+            KernelUnavailable: `kernels` is "require", but this machine or this head cannot.
+        """
+        if self.kernels == "off":
+            return "switched off"
+        if torch.compiler.is_compiling():
+            return "not inside torch.compile"
+        if hidden.dtype == torch.float32 and self.kernels != "require":
+            reason: str | None = (
+                "only for bf16 and fp16 hidden states, fp32 ones are scored in fp32"
+            )
+        elif torch.is_grad_enabled() and (
+            hidden.requires_grad or any(p.requires_grad for p in self.parameters())
+        ):
+            reason = "no gradients"
+        elif self.latent is not None:
+            reason = "not while codes are trained"
+        elif hidden.numel() > _STATES * self.in_features:
+            reason = f"more than {_STATES} hidden states at once"
+        else:
+            reason = self.why_no_kernel()
+        if self.kernels == "require" and (lacking := self.why_no_kernel()):
+            raise KernelUnavailable(
+                f"the kernel of this {self.kernel} head cannot be used: {lacking}"
+            )
+        return reason
+
+    @property
+    def path(self) -> str:
+        with torch.no_grad():
+            probe = self.weight.new_zeros(1, self.in_features, dtype=torch.bfloat16)
+            reason = self.kernel_or_reason(probe)
+        if reason is not None:
+            return f"torch ({reason})"
+        return f"C++, {instructions(self.kernel)} (few states, no gradients), else torch"
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        if self.kernel_or_reason(hidden) is not None:
+            return super().scores(hidden)
+        scores = self.compiled(hidden.reshape(-1, self.in_features))
+        if self.bias is not None:
+            places = self.places()
+            scores += self.bias if places is None else self.bias.index_select(0, places)
+        return scores.view(*hidden.shape[:-1], self.out_features)
+
+    # With the kernel all scores of a few states are cheaper than blocks of rows.
+
+    def _owner(self, hidden: Tensor) -> type[Head]:
+        return RowsHead if self.kernel_or_reason(hidden) is not None else Head
+
+    def log_prob(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return self._owner(hidden).log_prob(self, hidden, labels)
+
+    def logsumexp(self, hidden: Tensor) -> Tensor:
+        return self._owner(hidden).logsumexp(self, hidden)
+
+    @torch.no_grad()
+    def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return self._owner(hidden).topk(self, hidden, k)
+
+    @torch.no_grad()
+    def sample(
+        self, hidden: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        owner = self._owner(hidden)
+        return owner.sample(self, hidden, temperature=temperature, generator=generator)
