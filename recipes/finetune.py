@@ -2,10 +2,16 @@
 
     accelerate launch recipes/finetune.py --config recipes/experiments/repair_vq.json --output runs/repair
 
-An experiment is one JSON file (fields: see `Finetune`). The output folder holds the experiment, the patched model
-before training (`start`), checkpoints, `results.json` with provenance, and the trained model (`model`; for adapters
-merged, and apart in `adapter`). Killed or stopped and started again with the same arguments, it continues where the
-last checkpoint was and ends at the same loss.
+    accelerate launch recipes/finetune.py --repair head --set model=ID --set head=product_vq --output runs/head
+    accelerate launch recipes/finetune.py --repair lora --set model=runs/head/model --set teacher=ID --output runs/lora
+
+An experiment is one JSON file (fields: see `Finetune`). `--repair` is the short form of two: distil the dense head into
+the new one, the body frozen; then distil the dense model into adapters on the body and the head. `--set` changes a
+field.
+
+The output folder holds the experiment, the patched model before training (`start`), checkpoints, `results.json` with
+provenance, and the trained model (`model`; for adapters merged, and apart in `adapter`). Killed or stopped and started
+again with the same arguments, it continues where the last checkpoint was and ends at the same loss.
 """
 
 from __future__ import annotations
@@ -14,26 +20,22 @@ import argparse
 import contextlib
 import json
 import math
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import checkpoints
-import export
+import finishing
 import preparing
 import torch
 import transformers
-from accelerate import Accelerator
 from accelerate.utils import set_seed
-from text_rows import Packing, Row
-from torch import nn
+from text_rows import Packing
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 import hf_softheads as sh
 from hf_softheads.embedded import NAME as EMBEDDED
@@ -41,7 +43,11 @@ from hf_softheads.heads.base import HeadSpec
 from hf_softheads.losses.base import LossSpec
 from hf_softheads.orthograd import OrthoGrad
 from hf_softheads.registry import Spec, spec_from_dict
-from hf_softheads.results import provenance, write_json
+
+REPAIRS: dict[str, dict[str, Any]] = {
+    "head": {"train": "head", "losses": {"kl": 1.0}, "lr": 3e-3},
+    "lora": {"train": "lora", "losses": {"kl": 1.0}},
+}
 
 
 @dataclass(frozen=True)
@@ -54,10 +60,10 @@ class Finetune(Experiment, name="finetune"):
     """Everything that decides the result. A folder of another experiment is refused.
 
     model: `embedded`, a Hub id, or a folder (patched or not); `head`, `attention`: what to patch first.
-    train: `head` (the body is frozen), `lora` (adapters on the body; the new head and attention wholly), `full`.
+    train: `head` (the body is frozen), `lora` (adapters on the body; a replaced head and attention wholly), `full`.
     losses: `{"kl": 1.0}` or `[{"name": "kl", "temperature": 2.0, "weight": 1.0}, …]`; default `kl` for `head`, else
-        `cross_entropy`. teacher: a model for distillation losses; default the original model (for `head` its head, on
-        the same hidden states).
+        `cross_entropy`. teacher: a model for distillation losses; default the model before it is patched here (for
+        `head` its head, on the same hidden states). backend: see `Objective`.
     data, split, text_column, streaming: see `text_rows.documents`; eval_data, eval_split: the same for held-out text.
     packing: see `text_rows.rows`. window: tokens a row; batch: rows an optimizer step over all processes; micro_batch:
         rows a forward pass of one process (0: all it has).
@@ -73,6 +79,7 @@ class Finetune(Experiment, name="finetune"):
     train: Literal["head", "lora", "full"] = "head"
     losses: Any = None
     teacher: str | None = None
+    backend: str | None = None
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
@@ -174,7 +181,8 @@ def run(experiment: Finetune, output: Path) -> dict[str, Any]:
     trained = [
         p for p in model.parameters() if p.requires_grad
     ]  # FSDP2 has put others in their place
-    goal = sh.Objective(model, experiment.weighted_losses(), teacher)  # type: ignore[arg-type]
+    losses: dict[Any, float] = dict(experiment.weighted_losses())
+    goal = sh.Objective(model, losses, teacher, backend=experiment.backend)
 
     folder = output / "checkpoints"
     progress = checkpoints.restore(accelerator, folder) or {"step": 0, "curve": [], "seconds": 0.0}
@@ -213,7 +221,9 @@ def run(experiment: Finetune, output: Path) -> dict[str, Any]:
             value = float(accelerator.reduce(loss, "sum"))
             norm = float(accelerator.clip_grad_norm_(trained, experiment.clip))
             if not (math.isfinite(value) and math.isfinite(norm)):
-                raise FloatingPointError(not_finite(step, value, norm, batch, tokenizer, folder))
+                raise FloatingPointError(
+                    finishing.not_finite(step, value, norm, batch, tokenizer, folder)
+                )
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
@@ -222,7 +232,7 @@ def run(experiment: Finetune, output: Path) -> dict[str, Any]:
             if experiment.eval_every and (
                 done % experiment.eval_every == 0 or done == experiment.steps
             ):
-                entry["held_out"] = held_out_loss(model, held_out, micro, accelerator)
+                entry["held_out"] = finishing.held_out_loss(model, held_out, micro, accelerator)
                 if rank == 0:
                     tqdm.write(json.dumps(entry))
             curve.append(entry)
@@ -232,45 +242,8 @@ def run(experiment: Finetune, output: Path) -> dict[str, Any]:
                 checkpoint(done)
     bar.close()
     seconds = time.perf_counter() - clock
-    return finish(experiment, output, accelerator, model, tokenizer, held_out, curve, seconds)
-
-
-@torch.no_grad()
-def held_out_loss(
-    model: nn.Module, table: Row | None, micro: int, accelerator: Accelerator
-) -> float | None:
-    """Mean nats a token, all processes together; every process runs the same number of forward passes."""
-    if table is None:
-        return None
-    goal = sh.Objective(model, {"cross_entropy": 1.0})
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(2, device=accelerator.device)
-    step = micro * accelerator.num_processes
-    for i in range(0, len(table["input_ids"]), step):
-        first = i + accelerator.process_index * micro
-        piece = {k: v[first : first + micro].to(accelerator.device) for k, v in table.items()}
-        if not len(
-            piece["input_ids"]
-        ):  # nothing is left for this process: run along, count nothing
-            piece = {k: v[:1].to(accelerator.device) for k, v in table.items()}
-            piece["labels"] = torch.full_like(piece["labels"], -100)
-        count = (piece["labels"][:, 1:] != -100).sum()
-        sums += torch.stack([goal(**piece, reduction="sum").float(), count.float()])
-    model.train(was_training)
-    total, count = accelerator.reduce(sums, "sum").tolist()
-    return total / count
-
-
-def not_finite(
-    step: int, loss: float, norm: float, batch: Row, tokenizer: Any, folder: Path
-) -> str:
-    found = checkpoints.complete(folder)
-    last = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-    text = tokenizer.decode(batch["input_ids"][0][:32])
-    return (
-        f"loss {loss}, gradient norm {norm} at step {step}; nothing was updated and {last}. The batch of this "
-        f"process begins with {text!r}"
+    return finishing.finish(
+        experiment, output, accelerator, model, tokenizer, held_out, curve, seconds
     )
 
 
@@ -293,78 +266,42 @@ def stop_signal() -> Iterator[_Stop]:
         signal.signal(signal.SIGTERM, before)
 
 
-def finish(
-    experiment: Finetune,
-    output: Path,
-    accelerator: Accelerator,
-    model: nn.Module,
-    tokenizer: Any,
-    held_out: Row | None,
-    curve: list[dict[str, Any]],
-    seconds: float,
-) -> dict[str, Any]:
-    """Save the model (adapters merged) and the results."""
-    state = accelerator.get_state_dict(model)
-    results: dict[str, Any] = {
-        "experiment": experiment.to_dict(),
-        "base_model": experiment.model,
-        "data": f"{experiment.eval_data or experiment.data}, {experiment.eval_split or 'held out'}",
-        "processes": accelerator.num_processes,
-        "precision": accelerator.mixed_precision,
-        "seconds": round(seconds, 1),
-        "loss": curve[-1]["loss"],
-        "curve": curve,
-        "stages": [],
-    }
-    if accelerator.is_main_process:
-        final: Any
-        final, _ = preparing.trainable(experiment, output)  # the trained one may be in pieces
-        final.load_state_dict(state)
-        if experiment.train == "lora":
-            final.save_pretrained(output / "adapter")
-            final = final.merge_and_unload()
-        final = final.to("cpu", getattr(torch, experiment.dtype)).eval()
-        if held_out is not None:
-            results["stages"] = stages(experiment, output, final, held_out)
-        results["provenance"] = provenance(experiment.seed)
-        shutil.rmtree(output / "model", ignore_errors=True)  # of a run that was killed here
-        export.save(final, tokenizer, output / "model", results)
-        write_json(output / export.RESULTS, results)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return results
-
-
-def stages(
-    experiment: Finetune, output: Path, final: PreTrainedModel, held_out: Row
-) -> list[dict[str, Any]]:
-    """Quality of the original, of the patched model before training, and after it."""
-    dtype = getattr(torch, experiment.dtype)
-    original, _ = preparing.load(experiment.model, dtype)
-    found = [("original", original), ("trained", final)]
-    if experiment.head is not None or experiment.attention is not None:
-        found.insert(1, ("patched", preparing.load(str(output / "start"), dtype)[0]))
-    return [
-        {"name": name, **asdict(sh.evaluate(m, [held_out], reference=original))}
-        for name, m in found
-    ]
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, required=True, help="the experiment, a JSON file")
+    parser.add_argument("--config", type=Path, help="the experiment, a JSON file")
+    parser.add_argument("--repair", choices=list(REPAIRS), help="a ready-made experiment")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args(arguments)
+    if (given.config is None) == (given.repair is None):
+        parser.error("give either --config or --repair")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    fields = dict(REPAIRS[given.repair]) if given.repair else _read(given.config)
+    for setting in given.set:
+        field, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes FIELD=VALUE, got {setting!r}")
+        fields[field] = _value(value)
+    return run(spec_from_dict("experiment", {"name": "finetune", **fields}), given.output)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(given.config.read_text(encoding="utf-8"))
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{given.config} is not JSON: {error}") from error
-    experiment = spec_from_dict("experiment", {"name": "finetune", **fields})
-    return run(experiment, given.output)
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return fields
+
+
+def _value(text: str) -> Any:
+    """JSON, or a plain string."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 if __name__ == "__main__":

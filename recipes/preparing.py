@@ -17,12 +17,15 @@ from accelerate import (
     FullyShardedDataParallelPlugin,
     PartialState,
 )
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
 from text_rows import Batches, Row, documents, rows, stacked
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_softheads as sh
-from hf_softheads.bridge import output_head, vocabulary
+from hf_softheads.bridge import CHILD, find_head, output_head, vocabulary
+from hf_softheads.checkpoint import plan_of
 from hf_softheads.embedded import NAME as EMBEDDED
 from hf_softheads.embedded import load_embedded
 from hf_softheads.results import write_json
@@ -54,23 +57,35 @@ def launch(experiment: Finetune, output: Path) -> Accelerator:
     precision = experiment.precision
     if precision == "auto":
         precision = "bf16" if _has_bf16() else "fp32"
+    if experiment.tracker is not None and experiment.tracker not in _trackers():
+        raise ValueError(
+            f"the tracker {experiment.tracker!r} is not installed; there are: {', '.join(_trackers()) or 'none'}"
+        )
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=experiment.tracker,
         project_dir=str(output),
     )
-    _shard_on_cpus(accelerator)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise RuntimeError(
             f"{launched} processes were launched, but accelerate connects {accelerator.num_processes}: on CPUs use "
             "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
         )
+    _shard_on_cpus(accelerator)
     if experiment.tracker:
         accelerator.init_trackers(
             "hf_softheads", config={"experiment": json.dumps(experiment.to_dict())}
         )
     return accelerator
+
+
+def _trackers() -> list[str]:
+    """accelerate's that are installed, and those registered with it."""
+    known = {str(kind): kind for kind in LOGGER_TYPE_TO_CLASS}
+    shipped = {str(kind) for kind in LoggerType}
+    installed = {str(kind) for kind in get_available_trackers()}
+    return sorted(name for name in known if name not in shipped or name in installed)
 
 
 def _shard_on_cpus(accelerator: Accelerator) -> None:
@@ -110,6 +125,13 @@ def prepare_start(experiment: Finetune, output: Path) -> None:
             f"the tokenizer of {experiment.model} has {len(tokenizer)} tokens, its model {vocabulary(model)}: they do "
             "not belong together"
         )
+    taught = [loss.name for loss in experiment.weighted_losses() if loss.needs_teacher]
+    nothing_new = experiment.head is None and experiment.attention is None
+    if taught and experiment.teacher is None and nothing_new:
+        raise ValueError(
+            f"{', '.join(taught)} would compare {experiment.model} with itself: set head or attention to patch it "
+            "here, or, for a model that is patched already, teacher to the original one"
+        )
     training_text(experiment)  # a wrong data set is refused before the work begins
     if experiment.head is not None or experiment.attention is not None:
         stats = None
@@ -132,7 +154,11 @@ def trainable(experiment: Finetune, output: Path) -> tuple[nn.Module, Any]:
     model, tokenizer = load(str(output / "start"), dtype)
     model.config.use_cache = False
     if experiment.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        older = getattr(
+            model, "gradient_checkpointing_enable", None
+        )  # its name until transformers 5
+        enable = getattr(model, "activation_checkpointing_enable", older)
+        enable({"use_reentrant": False})
     if experiment.train == "head":
         model.requires_grad_(False)
         for p in output_head(model).parameters():
@@ -140,9 +166,12 @@ def trainable(experiment: Finetune, output: Path) -> tuple[nn.Module, Any]:
     elif experiment.train == "lora":
         from peft import LoraConfig, get_peft_model
 
-        patched = [
-            k for k, on in (("lm_head", experiment.head), ("softheads", experiment.attention)) if on
-        ]
+        plan = plan_of(model)
+        patched = []
+        if plan is not None and plan.head is not None:
+            patched.append(find_head(model)[0].rpartition(".")[2])
+        if plan is not None and plan.attention is not None:
+            patched.append(CHILD)
         config = LoraConfig(
             r=experiment.lora_rank,
             lora_alpha=experiment.lora_alpha,  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import finetune
 import preparing
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_utils
 
 from hf_softheads.registry import spec_from_dict
 
@@ -265,6 +267,108 @@ def test_adapters_merge_and_export(experiment: dict[str, Any], tmp_path: Path) -
         export.export_run(tmp_path / "run", tmp_path / "exported")
 
 
+def test_repair_in_two_stages(experiment: dict[str, Any], tmp_path: Path) -> None:
+    """First the head, then adapters on the body and the head; both from the dense model."""
+    shared = [f"--set={k}={experiment[k]}" for k in ("data", "eval_data", "window", "precision")]
+    shared += ["--set=calibration_tokens=512", "--set=eval_tokens=256", "--set=steps=30"]
+    dense = experiment["model"]
+    head = [f"--set=model={dense}", "--set", 'head={"name": "vq", "codes": 40}']
+    first = finetune.main(["--repair", "head", *shared, *head, "--output", str(tmp_path / "head")])
+    repaired = str(tmp_path / "head" / "model")
+    again = [f"--set=model={repaired}", f"--set=teacher={dense}", "--set=lora_rank=4"]
+    second = finetune.main(
+        ["--repair", "lora", *shared, *again, "--set=lr=0.01", "--output", str(tmp_path / "lora")]
+    )
+    assert [stage["name"] for stage in second["stages"]] == ["original", "trained"]
+    patched, trained = first["stages"][1:]
+    assert second["stages"][1]["kl"] < trained["kl"] < patched["kl"]
+    before = AutoModelForCausalLM.from_pretrained(repaired).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "lora" / "model").state_dict()
+    changed = {k for k, v in after.items() if not torch.equal(v, before[k])}
+    assert {"lm_head.weight", "model.layers.0.self_attn.q_proj.weight"} <= changed
+    assert "model.embed_tokens.weight" not in changed
+    with pytest.raises(ValueError, match="teacher to the original one"):
+        finetune.main(["--repair", "lora", *shared, again[0], "--output", str(tmp_path / "no")])
+    with pytest.raises(SystemExit):
+        finetune.main(["--output", str(tmp_path / "nothing")])
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # peft's
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_on_the_dense_head(experiment: dict[str, Any], tmp_path: Path, dora: bool) -> None:
+    """LoRA and DoRA on `lm_head` itself; merged they are the trained head."""
+    fields = {**experiment, "train": "lora", "lora_targets": ["q_proj", "lm_head"], "dora": dora}
+    fields |= {"head": None, "losses": {"cross_entropy": 1.0}, "lora_rank": 4, "steps": 12}
+    results = run(fields, tmp_path / "run")
+    assert losses(results)[-1] < losses(results)[0]
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "start")
+    weight = start.lm_head.weight.clone()
+    adapted = PeftModel.from_pretrained(start, str(tmp_path / "run" / "adapter"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    ids = torch.arange(1, 20).unsqueeze(0)
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(merged.lm_head.weight, weight)
+
+
+def test_gradient_checkpointing_changes_nothing(
+    experiment: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {**experiment, "train": "full", "attention": {"name": "ssmax"}, "eval_data": None}
+    fields["losses"] = {"kl": 1.0, "cross_entropy": 0.1}
+    plain = run(fields, tmp_path / "plain")
+    recomputed: list[int] = []
+    checkpoint = modeling_utils.checkpoint
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        recomputed.append(1)
+        return checkpoint(*arguments, **options)
+
+    monkeypatch.setattr(modeling_utils, "checkpoint", watched)
+    saving = run({**fields, "gradient_checkpointing": True}, tmp_path / "saving")
+    assert losses(saving) == pytest.approx(losses(plain), rel=1e-6)
+    assert recomputed
+
+
+def test_a_tracker_sees_every_step(
+    experiment: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, dict[str, Any]]] = []
+
+    class Notes(GeneralTracker):
+        name = "notes"
+        requires_logging_directory = False
+
+        def __init__(self, run_name: str):
+            super().__init__()
+
+        @property
+        def tracker(self) -> Any:
+            return seen
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            assert json.loads(values["experiment"])["lr"] == experiment["lr"]
+
+        def log(self, values: dict[str, Any], step: int | None, **_: Any) -> None:
+            assert step is not None
+            seen.append((step, values))
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "notes", Notes)
+    results = run({**experiment, "tracker": "notes"}, tmp_path / "run")
+    assert [(step, values["loss"]) for step, values in seen] == [
+        (entry["step"], entry["loss"]) for entry in results["curve"]
+    ]
+    assert "held_out" in seen[2][1]
+    with pytest.raises(ValueError, match=r"'wandbb' is not installed; there are: (.*, )?notes"):
+        run({**experiment, "tracker": "wandbb"}, tmp_path / "other")
+
+
+@pytest.mark.skipif(not util.find_spec("tensorboard"), reason="tensorboard is not installed")
+def test_tensorboard(experiment: dict[str, Any], tmp_path: Path) -> None:
+    run({**experiment, "tracker": "tensorboard"}, tmp_path / "run")
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
+    assert b"gradient_norm" in events.read_bytes()
+
+
 def test_full_fine_tuning_of_an_unpatched_model(experiment: dict[str, Any], tmp_path: Path) -> None:
     fields = {k: v for k, v in experiment.items() if k != "head"}
     fields |= {"train": "full", "optimizer": "orthograd", "steps": 20, "packing": "pad"}
@@ -324,6 +428,14 @@ def test_wrong_experiments_are_refused(
     with pytest.raises(ValueError, match=message):
         run({**experiment, **change}, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_hub_id_that_cannot_be_reached_is_refused(
+    experiment: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ConnectionError, match="Couldn't reach 'owner/name' on the Hub"):
+        run({**experiment, "data": "owner/name"}, tmp_path / "run")
+    assert not (tmp_path / "run" / "start").exists()
 
 
 def test_a_missing_file_is_refused(experiment: dict[str, Any], tmp_path: Path) -> None:

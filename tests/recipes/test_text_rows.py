@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from text_rows import Batches, documents, rows, stacked
@@ -111,6 +112,23 @@ def test_sources(folder: Path, tmp_path: Path) -> None:
         (tmp_path / f"{i}.txt").write_text(line)
     assert list(documents(str(tmp_path), "", "text")) == lines[:3]
     assert "import" in "".join(documents("stdlib", "heldout", "text"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_id(streaming: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`owner/name:configuration` is asked for as such; what comes back is read in order."""
+    asked: list[Any] = []
+    load = datasets.load_dataset
+
+    def from_here(*arguments: Any, **options: Any) -> Any:
+        asked.append((arguments, options))
+        file = str(folder / "train.jsonl")
+        return load("json", data_files=file, split="train", streaming=options["streaming"])
+
+    monkeypatch.setattr(datasets, "load_dataset", from_here)
+    found = list(documents("owner/name:small", "validation", "text", streaming=streaming))
+    assert asked == [(("owner/name", "small"), {"split": "validation", "streaming": streaming})]
+    assert found == list(documents(str(folder / "train.jsonl"), "", "text"))
 
 
 def test_nothing_to_learn_is_refused() -> None:
