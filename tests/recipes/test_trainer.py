@@ -74,15 +74,20 @@ def test_trainer_with_a_teacher_and_a_patched_head(tmp_path: Path) -> None:
     assert set(goal.parts) == {"cross_entropy", "kl"}
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "gpt2"])
-def test_the_patched_control_converges_as_the_untouched_model(family: str) -> None:
-    """Dense head + softmax + Objective against the family's own loss: 50 steps, fp32, the same curve."""
+def test_the_patched_control_converges_as_the_untouched_model(family: str, tied: bool) -> None:
+    """Dense head + softmax + Objective against the family's own loss: 50 steps, fp32, the same curve.
+
+    A new head unties the embeddings; tied ones keep theirs, and its gradient joins that of the embeddings.
+    """
     rows = data()
     curves: list[list[float]] = []
     for patched in (False, True):
-        model = make_model(family, tie_word_embeddings=False).train()  # a new head unties them
+        model = make_model(family, tie_word_embeddings=tied).train()
         if patched:
-            sh.patch(model, head=Dense(), attention=Softmax())
+            sh.patch(model, head=None if tied else Dense(), attention=Softmax())
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
         goal = sh.Objective(model, {"cross_entropy": 1.0}, memory=7 * VOCAB * 4)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         curve = []
