@@ -55,9 +55,10 @@ def describe(model: nn.Module) -> Description:
         if isinstance(variant, AttentionVariant):
             count = sum(p.numel() for p in variant.parameters())
             size = sum(p.numel() * p.element_size() for p in variant.parameters())
-            table.add(
-                path, _short(variant.spec), f"{count:,}", human_bytes(size), variant.spec.path()
+            way = (
+                "torch (kernels switched off)" if variant.kernels == "off" else variant.spec.path()
             )
+            table.add(path, _short(variant.spec), f"{count:,}", human_bytes(size), way)
     if not table.rows:
         notes.append(
             f"{type(base).__name__} is not patched ({len(layers)} attention layers could be)"

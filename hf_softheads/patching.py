@@ -4,48 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_softheads import bridge, checkpoint
+from hf_softheads.attention import native
 from hf_softheads.attention.base import AttentionSpec, AttentionVariant
 from hf_softheads.config import SoftheadsConfig
 from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.kernels import KernelUnavailable
+from hf_softheads.probing import probe
+from hf_softheads.registry import did_you_mean
 
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
 
 M = TypeVar("M", bound=nn.Module)
-
-# Keywords of the attention interface that the bridge understands or that a variant may ignore: they change masks or
-# caches, which arrive resolved.
-_HARMLESS = {
-    "position_ids",
-    "position_bias",
-    "s_aux",
-    "sliding_window",
-    "softcap",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "logits_to_keep",
-    "is_causal",
-    "cache_position",
-    "past_key_values",
-    "past_key_value",
-    "layer_head_mask",
-    "head_mask",
-    "position_embeddings",
-    "attention_dropout",
-    "return_dict",
-    "shared_kv_states",
-    "bidirectional_mask",
-    "deterministic",
-}
+Mode = Literal["auto", "off", "require"]
 
 
 @dataclass
@@ -65,6 +43,7 @@ def patch(
     layers: Sequence[int] | None = None,
     *,
     stats: HeadStats | None = None,
+    kernels: Mode = "auto",
 ) -> M:
     """Replace the LM head, the attention softmax, or both, in place; the new parts start from the trained weights.
 
@@ -77,6 +56,8 @@ def patch(
         attention: an attention variant such as `attention.SSMax()`, or `{layer: variant}`.
         layers: the layers that get `attention`; default all.
         stats: what `collect` found, for fits that use it.
+        kernels: "auto" computes with C++ kernels where they apply, "off" never does, "require" refuses to patch where
+            one is missing. It holds for this process: nothing of it is saved. `describe` says what runs.
 
     Returns:
         The same model.
@@ -84,7 +65,10 @@ def patch(
     Raises:
         ValueError: anything that cannot be done, with the reason, before anything has changed.
         TypeError: `model` is not a transformers model.
+        KernelUnavailable: `kernels` is "require", but a part has no kernel, or it cannot be built here.
     """
+    if kernels not in (modes := ("auto", "off", "require")):
+        raise ValueError(f"patch has no kernels={kernels!r}; {did_you_mean(str(kernels), modes)}")
     plan = SoftheadsConfig(head=head, attention=attention, layers=layers).for_pretrained()
     if plan.head is None and plan.attention is None:
         raise ValueError("nothing to do: give head=…, attention=…, or both")
@@ -96,8 +80,8 @@ def patch(
                 f"this model's {part} is already patched with {there}; call hf_softheads.unpatch(model) first, or "
                 "load the original model"
             )
-    new_head = None if plan.head is None else _fitted_head(base, plan.head, stats)
-    variants = _fresh_variants(base, plan)
+    new_head = None if plan.head is None else _fitted_head(base, plan.head, stats, kernels)
+    variants = _fresh_variants(base, plan, kernels)
     original = original_of(base)
     before = _remember(base, original)
     try:
@@ -107,7 +91,7 @@ def patch(
         if variants:
             original.attention = base.config._attn_implementation
             install_attention(base, variants)
-            _probe(base, variants)
+            probe(base, variants)
         if present is not None:
             plan = SoftheadsConfig(
                 head=plan.head or present.head,
@@ -230,7 +214,9 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def _fitted_head(model: PreTrainedModel, spec: HeadSpec, stats: HeadStats | None) -> Head:
+def _fitted_head(
+    model: PreTrainedModel, spec: HeadSpec, stats: HeadStats | None, kernels: Mode
+) -> Head:
     path, dense = bridge.find_head(model)
     weight: Tensor = dense.weight
     bias: Tensor | None = getattr(dense, "bias", None)
@@ -257,6 +243,9 @@ def _fitted_head(model: PreTrainedModel, spec: HeadSpec, stats: HeadStats | None
         stats.check(dim, vocab)
     with torch.device(weight.device):
         head = spec.module(dim, vocab, bias=bias is not None)
+    head.use_kernels(kernels)
+    if kernels == "require":
+        _require(f"head {spec.name}", head.why_no_kernel())
     head.transform = bridge.logit_transform(model)
     spec.fit(head, weight.detach().float(), None if bias is None else bias.detach().float(), stats)
     cast(head, weight.dtype)
@@ -278,7 +267,9 @@ def cast(head: Head, dtype: torch.dtype) -> None:
             )
 
 
-def _fresh_variants(model: PreTrainedModel, plan: SoftheadsConfig) -> dict[int, AttentionVariant]:
+def _fresh_variants(
+    model: PreTrainedModel, plan: SoftheadsConfig, kernels: Mode
+) -> dict[int, AttentionVariant]:
     variants = build_variants(model, plan)
     layers = bridge.attention_layers(model)
     for index, variant in variants.items():
@@ -287,6 +278,9 @@ def _fresh_variants(model: PreTrainedModel, plan: SoftheadsConfig) -> dict[int, 
             raise ValueError(
                 f"{layers[index][0]} is not in memory (meta device or offloaded); patch before offloading"
             )
+        variant.kernels = kernels
+        if kernels == "require":
+            _require(f"attention {variant.spec.name}", native.lacking(variant.spec))
         variant.to(device=device, dtype=torch.float32)
         variant.reset_parameters()
         bridge.take_sinks(layers[index][1], variant)
@@ -294,32 +288,11 @@ def _fresh_variants(model: PreTrainedModel, plan: SoftheadsConfig) -> dict[int, 
     return variants
 
 
-@torch.no_grad()
-def _probe(model: PreTrainedModel, variants: dict[int, AttentionVariant]) -> None:
-    """Run a few tokens: every chosen layer must have been called, with nothing it would wrongly ignore."""
-    modes = {module: module.training for module in model.modules()}
-    calls: dict[int, list[set[str]]] = {index: [] for index in variants}
-    for index, variant in variants.items():
-        variant.__dict__["probe"] = calls[index]
-    try:
-        model.eval()
-        tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)  # 0 is in any vocabulary
-        model(input_ids=tokens, use_cache=False)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for variant in variants.values():
-            variant.__dict__.pop("probe", None)
-    silent = [index for index, seen in calls.items() if not seen]
-    if silent:
-        raise ValueError(
-            f"the attention of layers {silent} was never called: {type(model).__name__} bypasses it"
-        )
-    unknown = set().union(*(names for seen in calls.values() for names in seen)) - _HARMLESS
-    if unknown:
-        raise ValueError(
-            f"{type(model).__name__} passes {', '.join(sorted(unknown))} to its attention, which this variant would "
-            "ignore; its outputs would be silently wrong"
+def _require(part: str, lacking: str | None) -> None:
+    if lacking is not None:
+        raise KernelUnavailable(
+            f'kernels="require", but the {part} cannot be computed by a kernel: {lacking}; with kernels="auto" torch '
+            "computes it"
         )
 
 

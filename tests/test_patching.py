@@ -10,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_softheads as sh
+from hf_softheads.attention import native
+from hf_softheads.kernels import KernelUnavailable
 
 from .conftest import SIZES, VOCAB, make_model
 
@@ -188,3 +190,27 @@ def test_an_encoder_s_attention(tokens):
     after = model(tokens, attention_mask=mask).last_hidden_state
     visible = mask.bool()
     torch.testing.assert_close(after[visible], before[visible], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"head": sh.heads.VQ(codes=8)}, "head vq .* there is none for this variant"),
+        ({"head": sh.heads.Quantized(4, group=16)}, "only for one scale per row"),
+        ({"attention": sh.attention.Softpick()}, "attention softpick .* no compiler"),
+    ],
+)
+def test_a_required_kernel_that_is_missing(model, tokens, monkeypatch, arguments, reason):
+    monkeypatch.setattr(native, "unavailable", lambda: "no compiler")
+    refused(model, tokens, KernelUnavailable, reason, kernels="require", **arguments)
+
+
+def test_kernels_are_chosen_for_this_process_only(model, tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'auto'"):
+        sh.patch(model, head="dense", kernels="aut")
+    sh.patch(model, head=sh.heads.Quantized(4), attention=sh.attention.SSMax(), kernels="off")
+    assert str(sh.describe(model)).count("switched off") == 3
+    model.save_pretrained(tmp_path)
+    assert "kernels" not in (tmp_path / "config.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "switched off" not in str(sh.describe(loaded))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class Inputs:
         dropout: probability with which a weight is dropped and the others grow, in training.
         tempered: `value` has gone through `AttentionSpec.temper_values` before it entered a cache.
         observe: called with every block of weights, see `blocked.Observer`; nothing is fused then.
+        compiled: False keeps the C++ kernel out.
     """
 
     query: Tensor
@@ -74,6 +75,7 @@ class Inputs:
     dropout: float = 0.0
     tempered: bool = False
     observe: blocked.Observer | None = None
+    compiled: bool = True
 
     def but(self, **changes: Any) -> Inputs:
         """A copy with some fields replaced."""
@@ -179,8 +181,9 @@ class AttentionVariant(nn.Module):
     """A spec with its parameters: what an attention layer calls instead of its softmax.
 
     Parameters are registered under the names that `init_params` gives and read only inside `forward`, so that
-    offloading, FSDP and PEFT may move them.
-    """
+    offloading, FSDP and PEFT may move them."""
+
+    kernels: Literal["auto", "off", "require"] = "auto"
 
     def __init__(self, spec: AttentionSpec, geometry: Geometry):
         super().__init__()
@@ -203,7 +206,7 @@ class AttentionVariant(nn.Module):
         params = dict(self.named_parameters(recurse=False))
         if isinstance(inputs, Entering):
             return self.spec.temper_values(inputs.value, inputs.hidden, params)
-        return run(self.spec, params, inputs)
+        return run(self.spec, params, inputs.but(compiled=self.kernels != "off"))
 
     def extra_repr(self) -> str:
         return repr(self.spec)

@@ -11,7 +11,7 @@ from hf_softheads import kernels
 from hf_softheads.kernels.attention import attention
 
 if TYPE_CHECKING:
-    from hf_softheads.attention.base import Inputs
+    from hf_softheads.attention.base import AttentionSpec, Inputs
 
 
 class RowMap(NamedTuple):
@@ -30,10 +30,16 @@ def unavailable() -> str | None:
     return kernels.why_not("attention")
 
 
+def lacking(spec: AttentionSpec) -> str | None:
+    """Why no kernel can run this variant here, or None."""
+    return "no kernel has this row map" if spec.row_map() is None else unavailable()
+
+
 def possible(inputs: Inputs) -> bool:
     """Is there a kernel, and does it know everything that these inputs ask for?"""
     return (
-        inputs.query.device.type == "cpu"
+        inputs.compiled
+        and inputs.query.device.type == "cpu"
         and inputs.query.dtype != torch.float64
         and inputs.bias is None
         and inputs.observe is None

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.kernels import why_not
+from hf_softheads.kernels.dense import dense_score
 
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
@@ -49,9 +51,26 @@ class DenseHead(Head):
         return F.linear(hidden, self.weight, self.bias)
 
     def score(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        if not self._gathers(hidden):
+            flat = dense_score(self.weight, hidden.flatten(0, -2), tokens.flatten(0, -2))
+            found = flat.view(tokens.shape)
+            return found if self.bias is None else found + self.bias[tokens]
         rows = self.weight[tokens].float()  # products in fp32: nearer to the truth than bf16 logits
         scores = (rows @ hidden.float().unsqueeze(-1)).squeeze(-1)
         return scores if self.bias is None else scores + self.bias[tokens]
+
+    def _gathers(self, hidden: Tensor) -> bool:
+        """Does torch copy the candidates' rows, instead of the kernel reading them where they lie?"""
+        return (
+            self.kernels == "off"
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or hidden.ndim < 2
+            or self.weight.dtype != torch.bfloat16
+            or self.weight.device.type != "cpu"
+            or not self.weight.is_contiguous()
+            or why_not("dense") is not None
+        )
 
     def subset(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias[tokens]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _EXACT = ("dense", "quantized", "low_rank", "low_rank_residual", "product_vq", "residual_vq")
 _STATES = 2048  # hidden states that calibrate the tail
 _NEWTON = 12
+_BLOCK = 32  # scores of which a maximum is taken before candidates are chosen
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,19 @@ class Screened(HeadSpec, name="screened"):
             head.calibrate(stats.states[:_STATES].to(weight.device), weight, bias)
 
 
+def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`scores.topk(count)` along the last axis, faster: the best are in the blocks with the largest maxima."""
+    size = scores.shape[-1]
+    if size < 16 * _BLOCK or count * _BLOCK > size // 4:
+        whole = scores.topk(count, -1)
+        return whole.values, whole.indices
+    filled = F.pad(scores, (0, -size % _BLOCK), value=-torch.inf).unflatten(-1, (-1, _BLOCK))
+    blocks = filled.amax(-1).topk(count, -1).indices
+    part = filled.gather(-2, blocks.unsqueeze(-1).expand(*blocks.shape, _BLOCK))
+    values, places = part.flatten(-2).topk(count, -1)
+    return values, blocks.gather(-1, places // _BLOCK) * _BLOCK + places % _BLOCK
+
+
 class ScreenedHead(Head):
     """`weight (1,)` is added to the previews of the tail; it trains, and what `screen` and `inner` train."""
 
@@ -112,8 +126,11 @@ class ScreenedHead(Head):
 
     def _mixed(self, hidden: Tensor) -> Tensor:
         previews = self.screen.scores(hidden).float()
-        tokens = previews.detach().topk(self.candidates, -1).indices
-        return (previews + self.weight).scatter(-1, tokens, self.inner.score(hidden, tokens))
+        tokens = best(previews.detach(), self.candidates)[1]
+        exact = self.inner.score(hidden, tokens)
+        if torch.is_grad_enabled():
+            return (previews + self.weight).scatter(-1, tokens, exact)
+        return previews.add_(self.weight).scatter_(-1, tokens, exact)
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -121,17 +138,24 @@ class ScreenedHead(Head):
         count = min(self.candidates + k, self.out_features)
 
         def chunk(h: Tensor) -> Tensor:
-            values, tokens = self.screen.scores(h).float().topk(count, -1)
+            values, tokens = best(self.screen.scores(h).float(), count)
             exact = self.inner.score(h, tokens[..., : self.candidates])
             rest = values[..., self.candidates :] + self.weight
-            best, place = transform(torch.cat([exact, rest], -1)).topk(k, -1)
-            return torch.cat([best.double(), tokens.gather(-1, place).double()], -1)
+            most, place = transform(torch.cat([exact, rest], -1)).topk(k, -1)
+            return torch.cat([most.double(), tokens.gather(-1, place).double()], -1)
 
         both = self._in_chunks(chunk, hidden, width=self._width)
         return both[..., :k].float(), both[..., k:].long()
 
     def code_table(self) -> tuple[Tensor, int] | None:
         return self.inner.code_table() or self.screen.code_table()
+
+    def why_no_kernel(self) -> str | None:
+        return self.screen.why_no_kernel()
+
+    @property
+    def path(self) -> str:
+        return f"screen: {self.screen.path}; candidates: {self.inner.path}"
 
     @property
     def _width(self) -> int:

@@ -11,9 +11,11 @@ from hf_softheads import kernels
 from hf_softheads.heads import LowRankResidual, ProductVQ, Quantized, TransformCoded
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.packing import PARTS, pack_bits
+from hf_softheads.heads.screened import best
 from hf_softheads.kernels import (
     INSTRUCTIONS,
     KernelUnavailable,
+    dense,
     product_vq,
     quantized,
     transform_coded,
@@ -153,6 +155,28 @@ def test_product_vq_kernel_with_many_groups(codes: int) -> None:
     exact = head.scores(hidden)
     head.use_kernels("require")
     assert (head.scores(hidden) - exact).std() < 0.02 * exact.std()
+
+
+@needs_compiler
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("dim", [64, 200])
+def test_dense_rows_are_multiplied_in_fp32(instructions: str, dim: int) -> None:
+    skip_without(instructions)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, dim, generator=generator).bfloat16()
+    hidden = torch.randn(3, dim, generator=generator)
+    tokens = torch.randint(50, (3, 7), generator=generator)
+    found = dense.dense_score(weight, hidden, tokens, instructions=instructions)
+    expected = (hidden.double() @ weight.double().T).gather(1, tokens)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_best_is_topk(count: int) -> None:
+    scores = torch.randn(2, 3, 10_007, generator=torch.Generator().manual_seed(0))
+    values, tokens = best(scores, count)
+    torch.testing.assert_close(values, scores.topk(count).values)
+    torch.testing.assert_close(scores.gather(-1, tokens), values)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
