@@ -183,16 +183,20 @@ def child(name: str, what: str) -> Any:
 
 def plot(rows: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
-    for number, (name, row) in enumerate(rows.items()):
+    for name, row in rows.items():
         ours = name.startswith("Objective")
-        color = "#bf616a" if ours else "#4c566a"
-        axes.scatter(row["mib"], row["time"], color=color, s=24)
-        place = (
-            4,
-            3 if ours or number % 3 != 1 else -9,
-        )  # neighbours on different sides of their points
         point = (row["mib"], row["time"])
-        axes.annotate(name, point, fontsize=7, xytext=place, textcoords="offset points")
+        axes.scatter(*point, color="#bf616a" if ours else "#4c566a", s=24)
+        left = ours and "VQ" not in name  # neighbours on different sides of their points
+        place = (-5 if left else 5, -9 if name.startswith("cut") else 2)
+        axes.annotate(
+            name,
+            point,
+            fontsize=7,
+            xytext=place,
+            textcoords="offset points",
+            ha="right" if left else "left",
+        )
     axes.set(
         xscale="log",
         yscale="log",

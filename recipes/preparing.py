@@ -156,7 +156,7 @@ def trainable(experiment: Finetune, output: Path) -> tuple[nn.Module, Any]:
     if experiment.gradient_checkpointing:
         older = getattr(
             model, "gradient_checkpointing_enable", None
-        )  # its name until transformers 5
+        )  # its name in transformers 5.0
         enable = getattr(model, "activation_checkpointing_enable", older)
         enable({"use_reentrant": False})
     if experiment.train == "head":
