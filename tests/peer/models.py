@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
+from .generation.test_utils import GenerationTesterMixin
 from .test_modeling_common import ModelTesterMixin, ids_tensor
 
 _KINDS = (
@@ -70,7 +71,10 @@ class Tester:
         return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-class FamilyTests(ModelTesterMixin):
+_GENERATES = not getattr(GenerationTesterMixin, "missing", False)  # see MISSING in run.py
+
+
+class FamilyTests(*(ModelTesterMixin, GenerationTesterMixin)[: 1 + _GENERATES]):  # type: ignore[misc]
     family: str
     test_resize_embeddings = True
     has_attentions = True
@@ -86,7 +90,12 @@ class FamilyTests(ModelTesterMixin):
 def _tests(family: str) -> type:
     config = type(AutoConfig.for_model(family, **FAMILIES[family]))
     classes = tuple(kind[config] for kind in _KINDS if config in kind)
-    members = {"family": family, "all_model_classes": classes, "all_generative_model_classes": ()}
+    generative = tuple(c for c in classes if c.__name__.endswith(("ForCausalLM", "LMHeadModel")))
+    members = {
+        "family": family,
+        "all_model_classes": classes,
+        "all_generative_model_classes": generative if _GENERATES else (),
+    }
     return type(f"Test_{family}", (FamilyTests, unittest.TestCase), members)
 
 
