@@ -246,12 +246,12 @@ def training_free_table() -> str:
         if row["variant"] != row["asked"]:
             shown += " (as `patch` puts it in)"
         for window in ("512", "256"):
-            cells += [f"{row[window]['ratio']:.5f}", f"{row[window]['kl']:.5f}"]
+            cells += [f"{row[window]['ratio']:.5f}", f"{max(row[window]['kl'], 0):.5f}"]
         table.add(f"`{name}` {shown}".strip(), *cells)
     tokens = found["rows"][0]["512"]["tokens"]
     return (
-        f"{table.markdown()}\n\nThe embedded model, trained on {found['trained_length']} tokens, on {tokens:,} held-out "
-        f"tokens. {_where(found, '../')}"
+        f"{table.markdown()}\n\nThe embedded model, trained on {found['trained_length']} tokens, on {tokens:,} "
+        f"held-out tokens. {_where(found, '../')}"
     )
 
 

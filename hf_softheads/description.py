@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_softheads import bridge, checkpoint
+from hf_softheads.attention import flex
 from hf_softheads.attention.base import AttentionSpec, AttentionVariant
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.patching import base_model, original_of
@@ -55,9 +56,10 @@ def describe(model: nn.Module) -> Description:
         if isinstance(variant, AttentionVariant):
             count = sum(p.numel() for p in variant.parameters())
             size = sum(p.numel() * p.element_size() for p in variant.parameters())
-            way = (
-                "torch (kernels switched off)" if variant.kernels == "off" else variant.spec.path()
-            )
+            accelerated = next(module.parameters()).device.type in flex.DEVICES
+            way = flex.path(variant.spec) if accelerated else variant.spec.path()
+            if variant.kernels == "off":
+                way = "torch (kernels switched off)"
             table.add(path, _short(variant.spec), f"{count:,}", human_bytes(size), way)
     if not table.rows:
         notes.append(

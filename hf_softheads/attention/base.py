@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_softheads.attention import blocked, fused, native
+from hf_softheads.attention import blocked, flex, fused, native
 from hf_softheads.attention.native import RowMap
 from hf_softheads.registry import Spec
 
@@ -58,7 +58,7 @@ class Inputs:
         dropout: probability with which a weight is dropped and the others grow, in training.
         tempered: `value` has gone through `AttentionSpec.temper_values` before it entered a cache.
         observe: called with every block of weights, see `blocked.Observer`; nothing is fused then.
-        compiled: False keeps the C++ kernel out.
+        compiled: False keeps the C++ kernel and flex_attention out.
     """
 
     query: Tensor
@@ -147,6 +147,10 @@ class AttentionSpec(Spec, kind="attention"):
         """The C++ kernel's row map that equals `weights`; None where it has none, as for maps with parameters."""
         return None if self._overrides("weights") else native.SOFTMAX
 
+    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form | None:
+        """This row map for flex_attention; None where it has none. Override it together with `weights`."""
+        return None if self._overrides("weights") else flex.Form()
+
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
         """Attention output `(B, H, Q, Dv)`, fp32 or the inputs' dtype."""
         if self._overrides("scale_queries"):
@@ -156,15 +160,15 @@ class AttentionSpec(Spec, kind="attention"):
         row_map = self.row_map()
         if row_map is not None and native.possible(inputs):
             return native.attend(row_map, inputs)
-        if self._overrides("weights") or not fused.possible(inputs):
-            return blocked.attend(self, inputs, params)
-        return fused.attend(inputs)
+        if not self._overrides("weights") and fused.possible(inputs):
+            return fused.attend(inputs)
+        form = self.flex_form(inputs, params) if flex.possible(inputs) else None
+        return blocked.attend(self, inputs, params) if form is None else flex.attend(inputs, form)
 
     def path(self) -> str:
         """How a layer with this variant runs, for `describe`."""
-        torch_path = "scaled_dot_product_attention"
-        if self._overrides("weights"):
-            torch_path = "query blocks"
+        plain = not self._overrides("weights")
+        torch_path = "scaled_dot_product_attention" if plain else "query blocks"
         if self.row_map() is None:
             return f"{torch_path}: no kernel has this row map"
         return native.path(torch_path)

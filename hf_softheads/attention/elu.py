@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from hf_softheads.attention import flex
 from hf_softheads.attention.base import AttentionSpec, Inputs, Params
 from hf_softheads.attention.native import RowMap
 
@@ -38,6 +40,18 @@ class ELU(AttentionSpec, name="elu"):
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         raised = (scores if self.features else _raised(scores)) * keep
         return raised / (raised.sum(-1, keepdim=True) + self.eps) if self.normalised else raised
+
+    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form:
+        features, eps = self.features, self.eps
+
+        def log_weight(z: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            if features:
+                return z.log()
+            return torch.where(z > 0, z.clamp(min=0).log1p(), z)
+
+        if not self.normalised:
+            return flex.Form(log_weight, torch.exp)
+        return flex.Form(log_weight, lambda lse: (lse - math.log(eps)).sigmoid())
 
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
         if self.features:

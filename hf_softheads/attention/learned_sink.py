@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_softheads.attention import fused
+from hf_softheads.attention import flex, fused
 from hf_softheads.attention.base import AttentionSpec, Geometry, Inputs, Params, lowered, per_head
 
 
@@ -33,6 +33,10 @@ class LearnedSink(AttentionSpec, name="learned_sink"):
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         return sink_softmax(scores, keep, per_head(params["sinks"]))
+
+    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form:
+        sinks = params["sinks"].view(1, -1, 1)
+        return flex.Form(factor=lambda lse: (lse - sinks).sigmoid())
 
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
         if fused.sinks_possible(inputs):

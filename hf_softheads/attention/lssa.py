@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_softheads.attention import flex
 from hf_softheads.attention.base import AttentionSpec, Inputs, Params
 from hf_softheads.attention.native import RowMap
 
@@ -31,6 +32,15 @@ class LSSA(AttentionSpec, name="lssa"):
         n = keep.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
         raised = F.softplus(scores * n.log()) * keep
         return raised / (raised.sum(-1, keepdim=True) + self.eps)
+
+    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form | None:
+        growth = flex.rows(inputs, flex.visible(inputs).log())
+        eps = self.eps
+
+        def log_weight(z: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return F.softplus(z * growth[b, h, q]).log()
+
+        return flex.Form(log_weight, lambda lse: (lse - math.log(eps)).sigmoid())
 
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
         query, key = unit(inputs.query), unit(inputs.key)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hf_softheads.attention.base import Params
+from hf_softheads.attention.base import Inputs, Params
 from hf_softheads.attention.lssa import LSSA
 from hf_softheads.attention.native import RowMap
 
@@ -41,3 +41,6 @@ class LSSAR(LSSA, name="lssar"):
         scale = top.masked_fill(top == 0, 1)
         powered = (above / scale) ** self.p
         return powered / (powered.sum(-1, keepdim=True) + self.eps * scale**-self.p)
+
+    def flex_form(self, inputs: Inputs, params: Params) -> None:
+        return None  # the power is of normalised weights: a second pass

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_softheads.attention import flex
 from hf_softheads.attention.base import AttentionSpec, Geometry, Inputs, Params, per_head
 from hf_softheads.attention.blocked import Block
 from hf_softheads.attention.softmax import Softmax
@@ -52,12 +53,15 @@ class Mixed(AttentionSpec, name="mixed"):
         return {"gate": torch.full((geometry.heads,), float(self.start)), **others}
 
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
-        others = {n.removeprefix("other_"): p for n, p in params.items() if n != "gate"}
+        others = self._others(params)
         gate = per_head(params["gate"])
         if inputs.observe is not None:
             return self._observed(inputs, others, gate)
         softmax = Softmax().forward(inputs, {})
         return softmax + gate * (self.other.forward(inputs, others) - softmax)
+
+    def _others(self, params: Params) -> Params:
+        return {n.removeprefix("other_"): p for n, p in params.items() if n != "gate"}
 
     def _observed(self, inputs: Inputs, others: Params, gate: Tensor) -> Tensor:
         """Shows the sum of both maps, for which one of them is held whole."""
@@ -78,6 +82,9 @@ class Mixed(AttentionSpec, name="mixed"):
 
         softmax = Softmax().forward(inputs.but(observe=hold), {})
         return softmax + gate * (self.other.forward(inputs.but(observe=show), others) - softmax)
+
+    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form | None:
+        return self.other.flex_form(inputs, self._others(params))
 
     def path(self) -> str:
         return f"{Softmax().path()}, and {self.other.path()}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from hf_softheads.attention.base import AttentionSpec, Params, softmax
+from hf_softheads.attention import flex
+from hf_softheads.attention.base import AttentionSpec, Inputs, Params, softmax
 from hf_softheads.attention.native import RowMap
 
 
@@ -26,3 +28,9 @@ class Rectified(AttentionSpec, name="rectified"):
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         return softmax(scores, keep & (scores >= 0))
+
+    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form:
+        def log_weight(z: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return torch.where(z >= 0, z, -torch.inf)
+
+        return flex.Form(log_weight)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from hf_softheads.attention import flex
 from hf_softheads.attention.base import AttentionSpec, Inputs, Params, lowered
 from hf_softheads.attention.native import RowMap
 
@@ -57,6 +60,24 @@ class Sigmoid(AttentionSpec, name="sigmoid"):
             exponents = torch.arange(1, heads + 1, device=inputs.query.device) * (8 / heads)
             inputs = inputs.but(slopes=-(2.0**-exponents))
         return super().forward(inputs, params)
+
+    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form | None:
+        if self.row_bias == "lse":
+            return None
+        n = flex.visible(inputs)
+        row_bias = -n.log() if self.row_bias == "log_n" else torch.zeros_like(n)
+        bias = flex.rows(inputs, row_bias + self.bias)
+
+        def log_weight(z: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return F.logsigmoid(z + bias[b, h, q])
+
+        factors = {
+            "none": torch.exp,
+            "sqrt_n": lambda lse: lse.exp() / n.sqrt(),
+            "n": lambda lse: lse.exp() / n,
+            "sum": lambda lse: (lse - math.log(1e-8)).sigmoid(),
+        }
+        return flex.Form(log_weight, factors[self.divide])
 
     def _logits(self, scores: Tensor, keep: Tensor) -> Tensor:
         """`z + b`, and `-inf`, of which the sigmoid is exactly 0, where `~keep`."""

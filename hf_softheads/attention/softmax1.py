@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_softheads.attention import fused
+from hf_softheads.attention import flex, fused
 from hf_softheads.attention.base import AttentionSpec, Inputs, Params
 from hf_softheads.attention.learned_sink import sink_softmax
 
@@ -24,6 +24,9 @@ class Softmax1(AttentionSpec, name="softmax1"):
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         return sink_softmax(scores, keep, torch.zeros((), device=scores.device))
+
+    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form:
+        return flex.Form(factor=torch.sigmoid)
 
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
         if fused.sinks_possible(inputs):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_softheads.attention.base import AttentionSpec, Params
+from hf_softheads.attention import flex
+from hf_softheads.attention.base import AttentionSpec, Inputs, Params
 from hf_softheads.attention.native import RowMap
 
 
@@ -25,6 +26,12 @@ class StableMax(AttentionSpec, name="stablemax"):
         raised = s(scores) * keep
         total = raised.sum(-1, keepdim=True)
         return raised / total.masked_fill(total == 0, 1)
+
+    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form:
+        def log_weight(z: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return z.sign() * z.abs().log1p()
+
+        return flex.Form(log_weight)
 
 
 def s(z: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def main() -> int:
         for test in failed
         if test not in BY_DESIGN
     }
-    not_run = {name: f"not in {source.name}; a checkout of transformers has it" for name in missing}
+    not_run = dict.fromkeys(missing, f"not in {source.name}; a checkout of transformers has it")
     found = {
         "provenance": provenance(),
         "by_design": BY_DESIGN,
