@@ -26,7 +26,7 @@ ROWS = torch.randint(3, VOCAB, (4, 14), generator=torch.Generator().manual_seed(
 
 
 def model_for(case: str) -> Any:
-    model = make_model("llama", tie_word_embeddings=False).train()
+    model = make_model("llama", tie_word_embeddings=case.endswith("tied")).train()
     if case.endswith("vq"):
         sh.patch(model, head=VQ(codes=40))
     return model
@@ -85,7 +85,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-CASES = ["fsdp2_head_apart", "fsdp2_whole", "fsdp2_head_vq", "ddp", "ddp_vq"]
+CASES = [
+    "fsdp2_head_apart",
+    "fsdp2_whole",
+    "fsdp2_tied",
+    "fsdp2_head_vq",
+    "ddp",
+    "ddp_tied",
+    "ddp_vq",
+]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -132,7 +140,7 @@ def zero3(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-ZERO3 = ["zero3", "zero3_vq"]
+ZERO3 = ["zero3", "zero3_tied", "zero3_vq"]
 
 
 @pytest.mark.skipif(not util.find_spec("deepspeed"), reason="deepspeed is not installed")
