@@ -3,10 +3,10 @@
 A variant overrides one of two methods of `AttentionSpec`, or both:
 
 * `weights(scores, keep, params)`: another row map. Runs over blocks of queries (`blocked.py`).
-* `scale_queries(query, n_keys, params, hidden)`: the softmax with another temperature. Runs on
-  `F.scaled_dot_product_attention`.
+* `scale_queries(query, n_keys, params, hidden)`: the softmax with another temperature. Runs on torch's fused kernel.
 
-On a CPU both run in the C++ kernel where a compiler is found and `row_map` names the kernel's equal of `weights`.
+On a CPU both run in the C++ kernel where a compiler is found and `row_map` names the kernel's equal of `weights`; on an
+accelerator row maps run on flex_attention where `flex_form` says how.
 
 A variant that is more than a row map (normalised keys, an output gate, a mixture) overrides `forward`.
 """
@@ -115,8 +115,7 @@ class AttentionSpec(Spec, kind="attention"):
     takes_sinks: ClassVar[bool] = False  # starts from the sinks of a model that has them (gpt-oss)
 
     def for_pretrained(self) -> AttentionSpec:
-        """This variant as `patch` puts it into a trained softmax model: fields left as None get the value that starts
-        closest to the softmax; all others stay as they are."""
+        """As `patch` puts it into a trained model: fields left as None get the value that starts closest to softmax."""
         return self
 
     def init_params(self, geometry: Geometry) -> dict[str, Tensor]:
@@ -315,9 +314,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(f"key and value differ in batch, heads or length: {shapes}")
     if query.shape[1] % key.shape[1]:
-        raise ValueError(
-            f"the number of query heads must be a multiple of that of key heads: {shapes}"
-        )
+        raise ValueError(f"query heads must be a multiple of key heads: {shapes}")
 
 
 def _check_names(spec: AttentionSpec, geometry: Geometry, params: Params) -> None:
@@ -337,7 +334,7 @@ def _four_dimensional(keep: Tensor | None, query: Tensor, key: Tensor) -> Tensor
     if keep is None:
         if full[2] > full[3]:
             raise ValueError(
-                f"{full[2]} queries and only {full[3]} keys cannot be causal; pass keep explicitly"
+                f"{full[2]} queries and only {full[3]} keys cannot be causal; pass keep"
             )
         return None
     if keep.dtype != torch.bool:

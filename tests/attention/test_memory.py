@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_softheads.attention.base import AttentionSpec
+from hf_softheads.attention import Softpick
+from hf_softheads.attention.base import AttentionSpec, Inputs, run
 from tests.attention.samples import SPECS, label, sample
 
 LENGTH = 512
@@ -36,3 +38,26 @@ def test_no_square_tensor(spec: AttentionSpec) -> None:
         inputs.grads(out, torch.ones_like(out))
     assert largest.elements <= 4 * 64 * LENGTH  # heads, the queries of one block, keys
     assert largest.elements >= 4 * LENGTH * 8
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernel", "blocks"])
+def test_long_sequences(compiled: bool) -> None:
+    """8,192 tokens in 4 heads: one square matrix would be a GiB."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 4, 8192, 8, generator=generator) for _ in range(3))
+    inputs = Inputs(query, key, value, None, 8**-0.5, compiled=compiled)
+    run(Softpick(), {}, inputs)  # allocators and kernels settle
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark falls to what is in use
+    before = _resident("VmRSS")
+    out = run(Softpick(), {}, inputs.but(query=query.requires_grad_()) if compiled else inputs)
+    if compiled:
+        out.sum().backward()
+        assert query.grad is not None
+    assert out.isfinite().all()
+    assert _resident("VmHWM") - before < 2**28
+
+
+def _resident(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{name}:")[2].split()[0])
