@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_softheads.attention import flex, fused
+from hf_softheads.attention import flex, fused, native
 from hf_softheads.attention.base import AttentionSpec, Inputs, Params
 from hf_softheads.attention.learned_sink import sink_softmax
+from hf_softheads.attention.native import RowMap
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,14 @@ class Softmax1(AttentionSpec, name="softmax1"):
     def flex_form(self, inputs: Inputs, params: Params) -> flex.Form:
         return flex.Form(factor=torch.sigmoid)
 
+    def row_map(self) -> RowMap:
+        return RowMap("softmax1")
+
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
-        if fused.sinks_possible(inputs):
+        if not native.possible(inputs) and fused.sinks_possible(inputs):
             zeros = torch.zeros(inputs.query.shape[1], device=inputs.query.device)
             return fused.attend_with_sinks(inputs, zeros)
         return super().forward(inputs, params)
 
     def path(self) -> str:
-        return fused.SINKS
+        return native.path(fused.SINKS)

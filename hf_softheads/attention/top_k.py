@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, Params, lowered, softmax
+from hf_softheads.attention.native import RowMap
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class TopK(AttentionSpec, name="top_k"):
 
     def for_pretrained(self) -> TopK:
         return replace(self, rest="quadratic") if self.rest is None else self
+
+    def row_map(self) -> RowMap | None:
+        return RowMap("top_k", (float(self.k),)) if self.exact_zeros else None
 
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         if self.k >= scores.shape[-1]:

@@ -78,6 +78,15 @@ void forward(const Call& c) {
     });
 }
 
+template <int n, class T>
+void sum_values(const Call& c, const Span& span, const float* weights, const T* values, float factor, float* out) {
+    vf sums[n] = {};
+    for (int64_t k = span.first; k < span.last; ++k)
+        for (int j = 0; j < n; ++j)
+            sums[j] = fma(all(weights[k]), numbers_at(values + k * c.value_strides[2] + j * W), sums[j]);
+    for (int j = 0; j < n; ++j) store(out + j * W, sums[j] * factor);
+}
+
 // A query or two, as in decoding: packing the keys would cost more than it saves. Needs full vectors.
 template <class T>
 void decode(const Call& c) {
@@ -97,12 +106,9 @@ void decode(const Call& c) {
         }
         const float factor = weigh(c, h, span, row, span.first, span.last, scratch);
         float* out = c.out + task * c.value_dim;
-        for (int64_t j = 0; j < c.value_dim; j += W) {
-            vf sums{};
-            for (int64_t k = span.first; k < span.last; ++k)
-                sums = fma(all(row[k]), numbers_at(values + k * c.value_strides[2] + j), sums);
-            store(out + j, sums * factor);
-        }
+        int64_t j = 0;
+        for (; j + 4 * W <= c.value_dim; j += 4 * W) sum_values<4>(c, span, row, values + j, factor, out + j);
+        for (; j < c.value_dim; j += W) sum_values<1>(c, span, row, values + j, factor, out + j);
     });
 }
 

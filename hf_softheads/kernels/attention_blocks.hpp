@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_products.hpp"
+#include "attention_top.hpp"
 #include "attention_wholes.hpp"
 
 struct Call {  // mirrored in attention.py
@@ -32,8 +33,10 @@ constexpr Map map_of(const char* name) {
 }
 
 inline constexpr Map MAPS[] = {
-    map_of<Softmax<false>>("softmax"),
-    map_of<Softmax<true>>("rectified"),
+    map_of<Softmax<PLAIN>>("softmax"),
+    map_of<Softmax<RECTIFIED>>("rectified"),
+    map_of<Softmax<ONE_MORE>>("softmax1"),
+    map_of<TopK>("top_k"),
     map_of<Scaled<Sigmoid<false>>>("sigmoid"),
     map_of<Scaled<Sigmoid<true>>>("sigmoid_shifted"),
     map_of<Scaled<ReLU<1>>>("relu"),

@@ -32,18 +32,20 @@ inline float raise(float* z, int64_t n, float top) {
     });
 }
 
-// The softmax of the keys with `z >= 0`, or of all.
-template <bool RECTIFIED>
+// The softmax of all keys, of those with `z >= 0`, or of all and one more of score 0 whose weight is dropped.
+enum { PLAIN, RECTIFIED, ONE_MORE };
+
+template <int KIND>
 struct Softmax {
     static float forward(float* z, const Row& row) {
-        const float top = maximum(z, row.n);
-        if (!RECTIFIED) return 1 / raise(z, row.n, top);
-        const float kept = sum(row.n, [&](int64_t i) {
-            const vf x = load(z + i), e = x >= 0.0f ? exponential(x - top) : vf{};
+        const float highest = maximum(z, row.n), top = KIND == ONE_MORE ? std::max(highest, 0.0f) : highest;
+        const float whole = (KIND == ONE_MORE ? std::exp(-top) : 0.0f) + sum(row.n, [&](int64_t i) {
+            const vf x = load(z + i), raised = exponential(x - top);
+            const vf e = KIND == RECTIFIED ? (x < 0.0f ? vf{} : raised) : raised;
             store(z + i, e);
             return e;
         });
-        return kept > 0 ? 1 / kept : 0;
+        return KIND == RECTIFIED && whole == 0 ? 0 : 1 / whole;
     }
     static void backward(float* z, float* g, const Row& row) {
         const float factor = forward(z, row);

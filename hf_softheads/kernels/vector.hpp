@@ -57,11 +57,15 @@ inline vi lanes(int64_t count) {
 }
 
 inline float total(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float parts[W];
     store(parts, v);
     for (int half = W / 2; half; half /= 2)
         for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
     return parts[0];
+#endif
 }
 
 // -- loops over a row of n numbers; the last vector may reach up to W - 1 numbers past it --
