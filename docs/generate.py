@@ -215,21 +215,22 @@ def head_variants_table() -> str:
 def attention_speed_table() -> str:
     """Speed and untrained quality of every attention variant, from `attention.json`."""
     found = _results("attention")
-    timed: dict[str, dict[tuple[int, bool], float]] = {}
+    timed: dict[str, dict[str, float]] = {}
     for row in found["speed"]:
-        timed.setdefault(row["variant"], {})[row["length"], row["train"]] = row["ratio"]
+        kind = "bf16 " if row["dtype"] == "bfloat16" else ""
+        case = f"{kind}{row['length']:,} {'fwd + bwd' if row['train'] else 'fwd'}"
+        timed.setdefault(row["variant"], {})[case] = row["ratio"]
     plain = {r["variant"]["name"]: r for r in reversed(found["quality"])}
-    sizes = [(length, train) for length in (1024, 2048) for train in (False, True)]
-    heads = [f"{length:,} {'fwd + bwd' if train else 'fwd'}" for length, train in sizes]
-    table = Table(["variant", *heads, "perplexity ×, untrained", "sink rate", "zeros"])
+    cases = list(next(iter(timed.values())))
+    table = Table(["variant", *cases, "perplexity ×, untrained", "sink rate", "zeros"])
     for name, ratios in timed.items():
         row = plain.get(name)
         facts = ["–"] * 3
         if row is not None:
             ratio, sinks = row["perplexity_ratio"], row["sink_rate"]
             facts = [f"{ratio:.3f}", f"{sinks:.0f} %", f"{row['zeros']:.0%}"]
-        table.add(f"`{name}`" if row else name, *(f"{ratios[s]:.2f}" for s in sizes), *facts)
-    return f"{table.markdown()}\n\n{_where(found, '../')}"
+        table.add(f"`{name}`" if row else name, *(f"{ratios[c]:.2f}" for c in cases), *facts)
+    return f"{table.markdown()}\n\n{found['path']}. {_where(found, '../')}"
 
 
 def training_free_table() -> str:

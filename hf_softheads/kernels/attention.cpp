@@ -3,25 +3,16 @@
 // A block's scores lie in the cache. Every row of them is handed to the row map as the scores of the keys that its query
 // sees, so that masks, windows, slopes and the soft cap are dealt with outside the maps.
 
-#include <atomic>
-#include <thread>
 #include <vector>
 
 #include "attention_blocks.hpp"
+#include "threads.hpp"
 
 namespace {
 
 template <class F>
 void in_parallel(int64_t tasks, int64_t threads, int64_t keys, F f) {
-    std::atomic<int64_t> next{0};
-    auto work = [&] {
-        const Scratch scratch(keys);
-        for (int64_t task; (task = next++) < tasks;) f(task, scratch);
-    };
-    std::vector<std::thread> others;
-    for (int64_t t = 1; t < std::min(threads, tasks); ++t) others.emplace_back(work);
-    work();
-    for (auto& other : others) other.join();
+    share(tasks, 1, threads, [&](int64_t task, int64_t) { f(task, Scratch(keys)); });
 }
 
 // Blocks of queries of all heads that share their keys; some tasks each take every so manieth of them.
