@@ -174,7 +174,7 @@ def main() -> None:
     plot_ratios(
         bars,
         RESULTS / "attention.png",
-        "speed ÷ torch's scaled_dot_product_attention (2,048 tokens, fp32, forward)",
+        "speed ÷ torch's fused attention (2,048 tokens, fp32, forward)",
         "attention variants, CPU",
     )
 
