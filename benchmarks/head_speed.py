@@ -1,16 +1,18 @@
 """Speed of one decoding step of the compact heads at the size of a 1 B model's head.
 
-    python benchmarks/head_speed.py      # about three minutes on two cores; writes benchmarks/results/head_speed.json
+    python benchmarks/head_speed.py                             # writes benchmarks/results/head_speed.json
+    python benchmarks/head_speed.py --only product_vq screened  # measures cases with these in their name, keeps others
 
 Synthetic weights and codes, V=128,256, D=2,048, bf16. Ratio to the dense bf16 `nn.Linear` in the same process, cold
-caches, interleaved, CPU time of one thread (other work on the machine slows the dense product, which waits for
-memory, more than the compact heads). What is in the codes does not change the speed; whether a screen finds the
-right tokens is a matter of quality and not measured here.
+caches, interleaved, two threads, samples dropped that waited for a core. What is in the codes does not change the
+speed; whether a screen finds the right tokens is a matter of quality and not measured here. `limit`: the time to read
+the bytes of one step at the bandwidth measured in the same process, as a share of the time taken.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -22,29 +24,75 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from timing import compare
 
-from hf_softheads.heads import Dense, LowRank, Quantized, ResidualVQ, Screened
+from hf_softheads import heads, kernels
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.kernels import why_not
 from hf_softheads.results import provenance, write_json
 
-RESULTS = Path(__file__).parent / "results"
-VOCAB, DIM = 128_256, 2_048
+RESULTS = Path(__file__).parent / "results" / "head_speed.json"
+VOCAB, DIM, CANDIDATES = 128_256, 2_048, 256
+SPECS: dict[str, HeadSpec] = {
+    **{f"quantized, {bits} bits": heads.Quantized(bits) for bits in (8, 4, 3, 2)},
+    "transform_coded, 2 bits": heads.TransformCoded(bits=2.0),
+    "transform_coded, 1 bit": heads.TransformCoded(bits=1.0),
+    "product_vq, 2 bits": heads.ProductVQ(DIM // 4),
+    "product_vq, 1 bit": heads.ProductVQ(DIM // 8),
+    "product_vq, 1 bit, 16 codes": heads.ProductVQ(DIM // 4, codes=16),
+    "low_rank_residual, 4 bits": heads.LowRankResidual(DIM // 16, 4),
+    "residual_vq 4 x 1024": heads.ResidualVQ(4, 1024),
+    "low_rank D/4": heads.LowRank(DIM // 4),
+    "low_rank D/8": heads.LowRank(DIM // 8),
+}
+SCREENS = {  # candidates of each
+    "transform_coded, 1 bit": CANDIDATES,
+    "product_vq, 1 bit, 16 codes": CANDIDATES,
+    "residual_vq 4 x 1024": CANDIDATES,
+    "low_rank D/8": CANDIDATES,
+}
+OFF = ", no kernels"  # the same without a compiler
 
 
 def build(spec: HeadSpec) -> Any:
     """A head in bf16 with random parameters and codes."""
-    head = spec.module(DIM, VOCAB)
+    head: Any = spec.module(DIM, VOCAB)
     for parameter in head.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     for name, buffer in head.named_buffers():
-        high = 256 if name.rpartition(".")[2] != "codes" else min(256, head_codes(head))
-        buffer.copy_(torch.randint(high, buffer.shape))
-    return head.bfloat16()
+        buffer.copy_(torch.randint(1024 if buffer.dtype == torch.int16 else 256, buffer.shape))
+        if name == "bits":  # falling with the column and the tier, as many as there is room for
+            fall = (
+                torch.linspace(1, -0.2, DIM) * 3.2 * spec.bits + torch.linspace(1, -1, 8)[:, None]
+            )
+            for lower in range(1000):
+                buffer.copy_((fall - lower / 100).round().clamp(0, 8))
+                if max(p.stop for planes in head.planes() for p in planes) <= len(head.codes):
+                    break
+    return head.bfloat16().requires_grad_(False)
 
 
-def head_codes(head: Any) -> int:
-    """How many codes a residual codebook has."""
-    return int(getattr(head, "screen", head).weight.shape[1])
+def screened(screen: Any, candidates: int, dense: nn.Linear) -> Any:
+    head = heads.Screened(heads.LowRank(1), 1).module(8, 16)
+    head.in_features, head.out_features, head.candidates = DIM, VOCAB, candidates
+    head.screen, head.inner = screen, heads.Dense().module(DIM, VOCAB)
+    head.inner.weight = dense.weight  # the exact rows are the dense head's own
+    head.weight.data.zero_()
+    return head.requires_grad_(False)
+
+
+def greedy(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best token and its normalised log-probability."""
+    value, token = scores.max(-1)
+    return token, value.float() - scores.float().logsumexp(-1)
+
+
+def bandwidth() -> float:
+    """Bytes a second that a sum over 512 MiB reads."""
+    data = torch.zeros(2**27)
+    best = 1e9
+    for _ in range(7):
+        start = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - start)
+    return data.numel() * 4 / best
 
 
 def main() -> None:
@@ -52,53 +100,57 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", help="parts of the names of cases")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    torch.set_num_threads(1)
-    dense = nn.Linear(DIM, VOCAB, bias=False, dtype=torch.bfloat16)
-    specs: dict[str, HeadSpec] = {
-        **{f"quantized {bits} bit": Quantized(bits) for bits in (8, 4, 3, 2)},
-        "low_rank D/4": LowRank(DIM // 4),
-        "residual_vq 4 x 1024": ResidualVQ(4, 1024),
-    }
-    heads = {name: build(spec) for name, spec in specs.items()}
-    screens: dict[str, Any] = {}
-    inner = Dense().module(DIM, VOCAB).bfloat16()
-    inner.weight.data = dense.weight.data  # the exact rows are the dense head's own
-    for name in ("quantized 2 bit", "residual_vq 4 x 1024", "low_rank D/4"):
-        screened = Screened(specs[name], 256).module(8, 16)
-        screened.in_features, screened.out_features = DIM, VOCAB
-        screened.screen, screened.inner = heads[name], inner
-        screened.weight.data.zero_()
-        screens[f"screened by {name}"] = screened
-    found: dict[str, Any] = {}
+    torch.set_num_threads(arguments.threads)
+    dense = nn.Linear(DIM, VOCAB, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    read = bandwidth()
+    built: dict[str, Any] = {}
+    cases: dict[str, tuple[Any, Any]] = {}  # head, function of hidden states
+    for name, spec in SPECS.items():
+        ways = [f"{name}, all scores"]
+        if name in SCREENS:
+            way = f"screened by {name}, greedy token and its log-probability"
+            ways += [way, way + OFF] if "_vq 4 x" in name else [way]
+        ways = [way for way in ways if not arguments.only or any(o in way for o in arguments.only)]
+        if not ways:
+            continue
+        head = built[name] = build(spec)
+        for way in ways:
+            if way.startswith("screened"):
+                both = screened(head, SCREENS[name], dense)
+                both.use_kernels("off" if way.endswith(OFF) else "auto")
+                cases[way] = both, lambda h, head=both: greedy(head(h))
+            else:
+                cases[way] = head, head
+    found = json.loads(RESULTS.read_text())["speed"] if RESULTS.exists() and arguments.only else {}
     for batch in (1, 16):
         hidden = torch.randn(batch, DIM).bfloat16()
         functions: dict[str, Any] = {
             "dense": lambda h=hidden: dense(h),
-            "dense, greedy": lambda h=hidden: dense(h).argmax(-1),
+            "dense, greedy token and its log-probability": lambda h=hidden: greedy(dense(h)),
+            **{name: lambda h=hidden, f=function: f(h) for name, (_, function) in cases.items()},
         }
-        for name, head in heads.items():
-            if batch == 1 or not name.startswith("quantized"):
-                functions[f"{name}, all scores"] = lambda h=hidden, head=head: head(h)
-        for name, head in screens.items():
-            if batch == 1 or "quantized" not in name:
-                functions[f"{name}, greedy"] = lambda h=hidden, head=head: head.topk(h, 1)
         with torch.inference_mode():
-            found[f"batch {batch}"] = compare(
-                functions, "dense", rounds=9, seconds=40, clock=time.thread_time
-            )
-        for name, row in found[f"batch {batch}"].items():
+            timed = compare(functions, "dense", rounds=9, seconds=30)
+        for name, row in timed.items():
+            size = cases[name][0].bytes_read if name in cases else dense.weight.numel() * 2
+            row |= {"bytes_read": size, "limit": size / read / (row["ms"] / 1e3)}
+            row["path"] = cases[name][0].path if name in cases else "torch"
             print(
-                f"batch {batch:>2}  {name:<42} {row['ms']:8.3f} ms  x{row['ratio']:.1f}", flush=True
+                f"batch {batch:>2}  {name:<62} {row['ms']:8.3f} ms  x{row['ratio']:.1f}", flush=True
             )
+        found[f"batch {batch}"] = {**found.get(f"batch {batch}", {}), **timed}
     write_json(
-        RESULTS / "head_speed.json",
+        RESULTS,
         {
             "shape": [VOCAB, DIM],
             "dtype": "bfloat16",
-            "clock": "CPU time of one thread",
-            "kernel": why_not("quantized") or "C++",
+            "clock": f"wall time, {arguments.threads} threads",
+            "kernel": kernels.why_not("quantized") or f"C++, {kernels.instructions('quantized')}",
+            "bandwidth": read,
             "speed": found,
             "provenance": provenance(arguments.seed),
         },

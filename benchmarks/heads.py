@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import plot_heads
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +37,6 @@ from hf_softheads.heads import (
     Screened,
     TransformCoded,
 )
-from hf_softheads.plots import plot_frontier
 from hf_softheads.results import provenance, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -214,14 +214,7 @@ def main() -> None:
             label = f"{spec.name} + distilled"
             seconds = time.perf_counter() - began
             record(label, spec, patched.get_output_embeddings(), seconds, arguments.repair_steps)
-    points = [{**row, "ratio": max(row["ratio"], 1.0001)} for row in rows if row["ratio"] < 3]
-    plot_frontier(
-        points,
-        RESULTS / "heads.png",
-        x="bits",
-        xlabel="stored bits per weight of the dense matrix, everything included",
-        title="Heads fitted to the embedded model: perplexity against size",
-    )
+    plot_heads.main()
 
 
 def resumed(judge: Judge) -> list[dict[str, Any]]:

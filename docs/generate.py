@@ -140,14 +140,22 @@ def heads_table() -> str:
 def head_speed_table() -> str:
     """Decoding steps of the heads at the size of a 1 B model's head, from `head_speed.json`."""
     found = _results("head_speed")
-    table = Table(["head", *(f"{batch.replace('_', ' ')}" for batch in found["speed"])])
-    names = dict.fromkeys(name for rows in found["speed"].values() for name in rows)
-    for name in names:
-        timed = (rows.get(name) for rows in found["speed"].values())
-        table.add(name, *("–" if row is None else f"{row['ratio']:.1f}×" for row in timed))
+    one, many = (found["speed"][f"batch {batch}"] for batch in (1, 16))
+    table = Table(
+        ["one decoding step", "batch 1", "÷ dense", "of its byte limit", "batch 16 ÷ dense"]
+    )
+    for name, row in one.items():
+        table.add(
+            name,
+            f"{row['ms']:.2f} ms",
+            f"{row['ratio']:.1f}×",
+            f"{row['limit']:.0%}",
+            f"{many[name]['ratio']:.1f}×",
+        )
     return (
-        f"{table.markdown()}\n\nRatio to the dense bf16 product, {found['clock']}, V={found['shape'][0]:,}, "
-        f"D={found['shape'][1]:,}, kernels: {found['kernel']}. {_where(found, '../')}"
+        f"{table.markdown()}\n\nRatio to the dense bf16 product in the same process, {found['clock']}, "
+        f"V={found['shape'][0]:,}, D={found['shape'][1]:,}, kernels: {found['kernel']}. Byte limit: reading the bytes "
+        f"of a step at {found['bandwidth'] / 1e9:.0f} GB/s, measured by a sum. {_where(found, '../')}"
     )
 
 

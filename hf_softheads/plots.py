@@ -47,27 +47,44 @@ def plot_frontier(
     Args:
         points: dictionaries with `variant`, `ratio` and the size under the name `x`.
     """
-    figure, axes = plt.subplots(figsize=(9.0, 4.6), layout="constrained")
+    return plot_frontiers([(points, x, xlabel)], path, title)
+
+
+def plot_frontiers(
+    panels: Sequence[tuple[Sequence[Mapping[str, Any]], str, str]], path: str | Path, title: str
+) -> Path:
+    """`plot_frontier` for several sizes side by side: `(points, x, xlabel)` of each; a variant looks alike in all."""
+    figure, columns = plt.subplots(
+        1,
+        len(panels),
+        figsize=(4.6 * len(panels) + 2.4 + (len(panels) == 1) * 2, 4.6),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
+    )
     styles = itertools.cycle(
         (color, marker) for marker in "osD^" for color in (f"C{i}" for i in range(7))
     )
-    for variant, (color, marker) in zip(
-        sorted({p["variant"] for p in points}), styles, strict=False
-    ):
-        own = sorted((p for p in points if p["variant"] == variant), key=lambda p: p[x])
-        sizes, ratios = [p[x] for p in own], [p["ratio"] for p in own]
-        axes.plot(sizes, ratios, color=color, marker=marker, ms=5, label=variant)
-    axes.axhline(1.0, color="#4c566a", lw=1)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel("perplexity ÷ dense (log scale)")
-    axes.set_title(title, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
+    names = sorted({point["variant"] for points, _, _ in panels for point in points})
+    style = dict(zip(names, styles, strict=False))
+    for axes, (points, x, xlabel) in zip(columns[0], panels, strict=True):
+        for variant, (color, marker) in style.items():
+            own = sorted((p for p in points if p["variant"] == variant), key=lambda p: p[x])
+            sizes, ratios = [p[x] for p in own], [p["ratio"] for p in own]
+            (line,) = axes.plot(sizes, ratios, color=color, marker=marker, ms=5)
+            if axes is columns[0][0]:
+                line.set_label(variant)
+        axes.axhline(1.0, color="#4c566a", lw=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(xlabel)
+        axes.spines[["top", "right"]].set_visible(False)
+    columns[0][0].set_ylabel("perplexity ÷ dense (log scale)")
+    columns[0][0].set_title(title, loc="left")
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return _save(figure, path)
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _EXACT = ("dense", "quantized", "low_rank", "low_rank_residual", "product_vq", "residual_vq")
 _STATES = 2048  # hidden states that calibrate the tail
 _NEWTON = 12
-_BLOCK = 32  # scores of which a maximum is taken before candidates are chosen
 
 
 @dataclass(frozen=True)
@@ -85,19 +84,6 @@ class Screened(HeadSpec, name="screened"):
             head.calibrate(stats.states[:_STATES].to(weight.device), weight, bias)
 
 
-def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`scores.topk(count)` along the last axis, faster: the best are in the blocks with the largest maxima."""
-    size = scores.shape[-1]
-    if size < 16 * _BLOCK or count * _BLOCK > size // 4:
-        whole = scores.topk(count, -1)
-        return whole.values, whole.indices
-    filled = F.pad(scores, (0, -size % _BLOCK), value=-torch.inf).unflatten(-1, (-1, _BLOCK))
-    blocks = filled.amax(-1).topk(count, -1).indices
-    part = filled.gather(-2, blocks.unsqueeze(-1).expand(*blocks.shape, _BLOCK))
-    values, places = part.flatten(-2).topk(count, -1)
-    return values, blocks.gather(-1, places // _BLOCK) * _BLOCK + places % _BLOCK
-
-
 class ScreenedHead(Head):
     """`weight (1,)` is added to the previews of the tail; it trains, and what `screen` and `inner` train."""
 
@@ -126,7 +112,7 @@ class ScreenedHead(Head):
 
     def _mixed(self, hidden: Tensor) -> Tensor:
         previews = self.screen.scores(hidden).float()
-        tokens = best(previews.detach(), self.candidates)[1]
+        tokens = previews.detach().topk(self.candidates, -1).indices
         exact = self.inner.score(hidden, tokens)
         if torch.is_grad_enabled():
             return (previews + self.weight).scatter(-1, tokens, exact)
@@ -138,7 +124,7 @@ class ScreenedHead(Head):
         count = min(self.candidates + k, self.out_features)
 
         def chunk(h: Tensor) -> Tensor:
-            values, tokens = best(self.screen.scores(h).float(), count)
+            values, tokens = self.screen.scores(h).float().topk(count, -1)
             exact = self.inner.score(h, tokens[..., : self.candidates])
             rest = values[..., self.candidates :] + self.weight
             most, place = transform(torch.cat([exact, rest], -1)).topk(k, -1)

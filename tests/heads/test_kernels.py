@@ -11,7 +11,6 @@ from hf_softheads import kernels
 from hf_softheads.heads import LowRankResidual, ProductVQ, Quantized, TransformCoded
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.packing import PARTS, pack_bits
-from hf_softheads.heads.screened import best
 from hf_softheads.kernels import (
     INSTRUCTIONS,
     KernelUnavailable,
@@ -169,14 +168,6 @@ def test_dense_rows_are_multiplied_in_fp32(instructions: str, dim: int) -> None:
     found = dense.dense_score(weight, hidden, tokens, instructions=instructions)
     expected = (hidden.double() @ weight.double().T).gather(1, tokens)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("count", [1, 7, 40])
-def test_best_is_topk(count: int) -> None:
-    scores = torch.randn(2, 3, 10_007, generator=torch.Generator().manual_seed(0))
-    values, tokens = best(scores, count)
-    torch.testing.assert_close(values, scores.topk(count).values)
-    torch.testing.assert_close(scores.gather(-1, tokens), values)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
