@@ -176,9 +176,13 @@ def distillation_table() -> str:
         quality = f"{row['perplexity']:.2f}", f"{row['kl']:.4f}", f"{row['top1']:.1%}"
         table.add(name, *quality, f"{row['lr']:g}" if "lr" in row else "")
     settings = found["settings"]
+    rates = settings["rates"]
+    edge = sum(row.get("lr") in (min(rates), max(rates)) for row in found["rows"].values())
+    tried = ", ".join(f"{rate:g}" for rate in rates)
     return (
         f"{table.markdown()}\n\n{settings['codes']} codes, {settings['steps']} steps of {settings['tokens_a_step']:,} "
-        f"tokens. {_where(found, '../')}"
+        f"tokens; rates tried for {settings['trial_steps']} steps: {tried}. The best one is an outermost in {edge} of "
+        f"{len(found['rows']) - 1} rows, so a wider search may still change places. {_where(found, '../')}"
     )
 
 
