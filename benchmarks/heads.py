@@ -1,7 +1,7 @@
-"""Quality against size for every head, fitted without training, and after distillation for those that promise most.
+"""Quality against size for every head, fitted without training; `repairs.py` adds rows after distillation.
 
-    python benchmarks/heads.py                     # writes benchmarks/results/heads.json and .png; continues if killed
-    python benchmarks/heads.py --repair-steps 0    # the fits alone, a few minutes on two cores
+    python benchmarks/heads.py                # writes benchmarks/results/heads.json and .png; continues if killed
+    python benchmarks/heads.py --split dev    # prints the same on other text, to choose settings; writes nothing
 
 On the embedded model, held-out modules of the standard library: ratio of strict perplexity to the dense head, KL and
 top-1 agreement on the same hidden states. Sizes with parameters in bf16, everything included.
@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from hf_softheads.heads import (
 from hf_softheads.results import provenance, write_json
 
 RESULTS = Path(__file__).parent / "results"
+STATES = 16_384  # held-out hidden states
+TOKENS = 131_072  # of training text for the statistics
 
 
 def candidates(dim: int, vocab: int) -> list[tuple[str, Any, bool]]:
@@ -97,9 +100,11 @@ class Judge:
         return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()[:16]
 
     @torch.no_grad()
-    def __call__(self, head: Any) -> dict[str, float]:
+    def __call__(self, head: Any, hidden: Tensor | None = None) -> dict[str, float]:
+        """`hidden`: what another body made of the same text."""
         loss = gain = kl = agreement = 0.0
-        parts = zip(self.hidden.split(1024), self.labels.split(1024), self.dense, strict=True)
+        hidden = self.hidden if hidden is None else hidden
+        parts = zip(hidden.split(1024), self.labels.split(1024), self.dense, strict=True)
         for h, y, dense in parts:
             mine = head.logits(h).log_softmax(-1)
             loss -= float(mine.gather(1, y[:, None]).sum())
@@ -139,109 +144,119 @@ def sizes(head: Any, weights: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--states", type=int, default=16_384, help="held-out hidden states")
-    parser.add_argument(
-        "--tokens", type=int, default=131_072, help="of training text for the statistics"
-    )
-    parser.add_argument("--repair-steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.manual_seed(arguments.seed)
-    model, tokenizer = sh.embedded.load_embedded()
-    window = model.config.max_position_embeddings
-    train = windows(stdlib_documents("train"), tokenizer, window=window).shuffled(arguments.seed)
-    held_out = windows(stdlib_documents("heldout"), tokenizer, window=window)
-    held_out = held_out.shuffled(arguments.seed).head(arguments.states)
-    stats = sh.collect(model, train.head(arguments.tokens))
-    reader = Reader(model)
-    with torch.no_grad():
-        parts = [
-            reader.hidden(input_ids=b)[:, :-1].flatten(0, 1) for b in held_out.input_ids.split(8)
-        ]
-    labels = held_out.labels[:, 1:].flatten()
-    weight = model.lm_head.weight.detach()
-    vocab, dim = weight.shape
-    judge = Judge(weight, torch.cat(parts)[labels != -100], labels[labels != -100])
+@dataclass
+class Bench:
+    """The embedded model, its text, its statistics, and the rows found so far."""
 
-    rows = resumed(judge)
-    done = [(row["variant"], row["spec"], row["repair_steps"]) for row in rows]
+    model: Any
+    train: Any
+    held_out: Any
+    stats: Any
+    judge: Judge
+    split: str
+    source: dict[str, Any]  # of this run, before it wrote anything
 
-    def record(label: str, spec: Any, head: Any, seconds: float, steps: int) -> None:
+    @classmethod
+    def prepare(cls, split: str = "heldout", seed: int = 0) -> Bench:
+        source = provenance(seed)
+        torch.manual_seed(seed)
+        model, tokenizer = sh.embedded.load_embedded()
+        window = model.config.max_position_embeddings
+        train = windows(stdlib_documents("train"), tokenizer, window=window).shuffled(seed)
+        held_out = windows(stdlib_documents(split), tokenizer, window=window)
+        held_out = held_out.shuffled(seed).head(STATES)
+        stats = sh.collect(model, train.head(TOKENS))
+        labels = held_out.labels[:, 1:].flatten()
+        judge = Judge(
+            model.lm_head.weight.detach(), states_of(model, held_out), labels[labels != -100]
+        )
+        return cls(model, train, held_out, stats, judge, split, source)
+
+    def found(self) -> list[dict[str, Any]]:
+        """What an earlier run on the same matrix and the same hidden states has measured."""
+        path = RESULTS / "heads.json"
+        if self.split != "heldout" or not path.exists():
+            return []
+        content = json.loads(path.read_text())
+        rows: list[dict[str, Any]] = content["rows"]
+        return rows if content["judge"] == self.judge.identity() else []
+
+    def has(self, label: str, spec: Any, steps: int) -> bool:
+        return any(_key(row) == (label, spec.to_dict(), steps) for row in self.found())
+
+    def record(
+        self,
+        label: str,
+        spec: Any,
+        head: Any,
+        seconds: float,
+        steps: int = 0,
+        *,
+        hidden: Tensor | None = None,
+        **more: Any,
+    ) -> None:
+        """Judge a head and write its row; `seconds` are processor time."""
         row = {
             "variant": label,
             "spec": spec.to_dict(),
             "repair_steps": steps,
-            "fit_seconds": round(seconds, 2),
-            **sizes(head, weight.numel()),
-            **judge(stored_as_bf16(head)),
+            "cpu_seconds": round(seconds, 1),
+            **more,
+            **sizes(head, self.judge.weight.numel()),
+            **self.judge(stored_as_bf16(head), hidden),
+            "commit": self.source["commit"],
         }
-        rows.append(row)
         print(
             f"{label:<32} {row['bits']:6.3f} bits  ratio {row['ratio']:.4f}  KL {row['kl']:.5f}  "
-            f"top-1 {row['top1_agreement']:.4f}  reads {row['bits_read']:.3f}  {steps} steps",
+            f"top-1 {row['top1_agreement']:.4f}  reads {row['bits_read']:.3f}  {steps} steps {seconds:.0f} s",
             flush=True,
         )
-        save(rows, arguments.seed, judge)
+        if self.split != "heldout":
+            return
+        rows = [old for old in self.found() if _key(old) != _key(row)] + [row]
+        content = {
+            "model": "embedded",
+            "data": "held-out modules of the standard library",
+            "states": len(self.judge.labels),
+            "dense_shape": list(self.judge.weight.shape),
+            "judge": self.judge.identity(),
+            "rows": rows,
+            "provenance": self.source,
+        }
+        write_json(RESULTS / "heads.json", content)
 
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["variant"], row["spec"], row["repair_steps"]
+
+
+@torch.no_grad()
+def states_of(model: Any, rows: Any) -> Tensor:
+    """The hidden states `(N, D)` from which the labels of some windows are predicted."""
+    reader = Reader(model)
+    parts = [reader.hidden(input_ids=b)[:, :-1].flatten(0, 1) for b in rows.input_ids.split(8)]
+    return torch.cat(parts)[rows.labels[:, 1:].flatten() != -100]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--split", choices=["heldout", "dev"], default="heldout")
+    parser.add_argument("--only", default="", help="variants whose label begins so")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    bench = Bench.prepare(arguments.split, arguments.seed)
+    vocab, dim = bench.judge.weight.shape
     for label, spec, informed in candidates(dim, vocab):
-        if (label, spec.to_dict(), 0) in done:
+        if not label.startswith(arguments.only) or bench.has(label, spec, 0):
             continue
         spec.check(dim, vocab)
         head = spec.module(dim, vocab)
-        began = time.perf_counter()
-        spec.fit(head, weight, None, stats if informed else None)
-        record(label, spec, head, time.perf_counter() - began, 0)
-    if arguments.repair_steps:
-        for spec, lr in (  # small scales want small steps
-            (TransformCoded(2.25), 2e-4),
-            (TransformCoded(1.1, dim * 3 // 4), 2e-4),
-            (ProductVQ(dim // 8), 1e-3),
-        ):
-            patched = sh.patch(copy.deepcopy(model), head=spec, stats=stats)
-            began = time.perf_counter()
-            sh.repair_head(
-                patched,
-                sh.dense_head(patched),
-                train.input_ids,
-                steps=arguments.repair_steps,
-                lr=lr,
-                seed=arguments.seed,
-            )
-            label = f"{spec.name} + distilled"
-            seconds = time.perf_counter() - began
-            record(label, spec, patched.get_output_embeddings(), seconds, arguments.repair_steps)
+        began = time.process_time()
+        spec.fit(head, bench.judge.weight, None, bench.stats if informed else None)
+        bench.record(label, spec, head, time.process_time() - began)
     plot_heads.main()
-
-
-def resumed(judge: Judge) -> list[dict[str, Any]]:
-    """What an interrupted run on the same matrix and the same hidden states has measured."""
-    path = RESULTS / "heads.json"
-    if not path.exists():
-        return []
-    found = json.loads(path.read_text())
-    rows: list[dict[str, Any]] = (
-        found["rows"] if found.get("judge", judge.identity()) == judge.identity() else []
-    )
-    return rows
-
-
-def save(rows: list[dict[str, Any]], seed: int, judge: Judge) -> None:
-    write_json(
-        RESULTS / "heads.json",
-        {
-            "model": "embedded",
-            "data": "held-out modules of the standard library",
-            "states": len(judge.labels),
-            "dense_shape": list(judge.weight.shape),
-            "judge": judge.identity(),
-            "rows": rows,
-            "provenance": provenance(seed),
-        },
-    )
 
 
 if __name__ == "__main__":

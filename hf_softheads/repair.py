@@ -62,7 +62,7 @@ def repair_head(
         teacher: its dense head, `dense_head(model)`, or that head's matrix `(V, D)`; None with losses of the labels
             alone.
         rows: token windows `(N, W)` of training text; or what `cache_states` made of them, for several repairs.
-        lr: of the parameters; None: what the head takes for sensible, `repair_lr`.
+        lr: of the parameters; None: what the head says suits each, `Head.repair_lr`.
         code_lr: of the codes, in codes a step; 0 leaves them alone; None: the head's `code_lr`.
         losses: default the forward KL; several with weights as for `Objective`.
         seed: of the order of the hidden states.
@@ -87,12 +87,15 @@ def repair_head(
     wanted = [p.requires_grad for p in trained]
     for p in trained:
         p.requires_grad_(True)
-    lr = getattr(head, "repair_lr", _LR) if lr is None else lr
-    code_lr = getattr(head, "code_lr", 0.0) if code_lr is None else code_lr
-    codes = head.thaw() if code_lr and isinstance(head, Head) else []
-    groups = [{"params": trained, "lr": lr}]
+    rates = [_LR if lr is None else lr] * len(trained)
+    codes: list[Tensor] = []
+    if isinstance(head, Head):
+        rates = [head.repair_lr(p) for p in trained] if lr is None else rates
+        code_lr = head.code_lr if code_lr is None else code_lr
+        codes = head.thaw() if code_lr else []
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(trained, rates, strict=True)]
     if codes:
-        groups.append({"params": codes, "lr": code_lr})
+        groups.append({"params": codes, "lr": float(code_lr or 0)})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -117,7 +120,7 @@ def repair_head(
                 bar.update()
                 bar.set_postfix(loss=f"{curve[-1]:.3f}", refresh=False)
     finally:
-        if codes:
+        if isinstance(head, Head):
             head.freeze()
         if curve and not math.isfinite(curve[-1]):
             head.load_state_dict(before)

@@ -90,8 +90,7 @@ class Head(nn.Module):
     weight: nn.Parameter
     keep_in_fp32: tuple[str, ...] = ()  # parameters that half precision would spoil
     kernels: Literal["auto", "off", "require"] = "auto"  # set by `use_kernels`
-    repair_lr: float = 3e-3  # of AdamW in `repair_head`, for the parameters
-    code_lr: float = 0.0  # the same for what `thaw` gives, in codes a step
+    code_lr: float = 0.0  # of AdamW in `repair_head` for what `thaw` gives, in codes a step
 
     def __init__(self, dim: int, vocab: int):
         super().__init__()
@@ -184,6 +183,10 @@ class Head(nn.Module):
         or chunks are cheaper.
         """
         return None
+
+    def repair_lr(self, parameter: Tensor) -> float:
+        """The rate of AdamW in `repair_head` that suits one of the parameters."""
+        return 3e-3
 
     def thaw(self) -> list[Tensor]:
         """Hold the integer codes as real numbers, for `repair_head` to train, until `freeze`; [] where they stay.

@@ -124,7 +124,6 @@ class ProductVQHead(CompiledHead):
     """`weight` holds the codebooks `(G, C, D / G)`, `basis (D, D)` the rotation; both train, the codes are fixed."""
 
     kernel = "product_vq"
-    repair_lr = 1e-3
 
     def __init__(self, dim: int, vocab: int, groups: int, codes: int, *, bias: bool, rotate: bool):
         super().__init__(dim, vocab, bias=bias)

@@ -121,7 +121,6 @@ class QuantizedHead(CompiledHead):
     """
 
     kernel = "quantized"
-    repair_lr = 2e-4  # scales want small steps
     code_lr = 1e-2
 
     def __init__(self, dim: int, vocab: int, bits: int, group: int, *, bias: bool):

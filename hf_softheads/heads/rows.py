@@ -51,6 +51,10 @@ class RowsHead(Head):
         scores = F.linear(x, self.rows(where).to(x.dtype)).float()
         return scores if self.bias is None else scores + self.bias[where]
 
+    def repair_lr(self, parameter: Tensor) -> float:
+        """A hundredth of the parameter's size: scales and offsets differ by orders of magnitude."""
+        return 0.01 * max(float(parameter.detach().float().square().mean().sqrt()), 1e-4)
+
     def unpacked(self) -> Tensor | None:
         """All integer codes, `(V, …)`, in the order of the rows; None if repair cannot train them."""
         return None

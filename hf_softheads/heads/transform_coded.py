@@ -208,7 +208,6 @@ class TransformCodedHead(CompiledHead):
     """`weight (K,)`, `scale` and `offset (T, K)` and `center (D,)` train, in `repair_head` the codes too."""
 
     kernel = "transform_coded"
-    repair_lr = 2e-4  # scales want small steps
     code_lr = 1e-2
 
     def __init__(self, dim: int, vocab: int, rank: int, tiers: int, size: int, *, bias: bool):

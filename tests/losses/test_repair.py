@@ -86,8 +86,8 @@ def repaired(spec: HeadSpec, **arguments: Any) -> tuple[Any, float]:
 @pytest.mark.parametrize("spec", CODED, ids=lambda spec: spec.name)
 def test_trained_codes_come_nearer_and_are_stored_as_before(spec: HeadSpec) -> None:
     fitted = sh.patch(model(), head=spec).lm_head.state_dict()
-    _, fixed = repaired(spec, code_lr=0)
-    head, trained = repaired(spec, code_lr=0.05)
+    _, fixed = repaired(spec, lr=2e-4, code_lr=0)
+    head, trained = repaired(spec, lr=2e-4, code_lr=0.05)
     assert trained < 0.8 * fixed
     state = head.state_dict()
     assert {k: (v.shape, v.dtype) for k, v in state.items()} == {
@@ -99,9 +99,21 @@ def test_trained_codes_come_nearer_and_are_stored_as_before(spec: HeadSpec) -> N
     loaded.load_state_dict(state)
     h = torch.randn(5, D, generator=torch.Generator().manual_seed(2))
     assert torch.equal(loaded(h), head(h))
-    again, same = repaired(spec, code_lr=0.05)
+    again, same = repaired(spec, lr=2e-4, code_lr=0.05)
     assert same == trained
     assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
+
+
+@pytest.mark.parametrize("spec", CODED, ids=lambda spec: spec.name)
+def test_a_head_knows_the_rates_that_suit_it(spec: HeadSpec) -> None:
+    """Without a rate every parameter moves, none by more than its own size, and the head comes nearer."""
+    patched = sh.patch(model(), head=spec)
+    before = {k: p.detach().clone() for k, p in patched.lm_head.named_parameters()}
+    found = repair_head(patched, sh.dense_head(patched), rows(), steps=40, batch_size=128)
+    assert found.last < 0.9 * found.first
+    for name, parameter in patched.lm_head.named_parameters():
+        if name != "center":  # moves all logits alike: no gradient
+            assert 0 < (parameter - before[name]).norm() < before[name].norm()
 
 
 @pytest.mark.parametrize("spec", CODED, ids=lambda spec: spec.name)

@@ -1,0 +1,120 @@
+"""Rows of `heads.json` after distillation: the head alone, and the head with LoRA on the body.
+
+    python benchmarks/repairs.py                 # every row that is not there yet
+    python benchmarks/repairs.py --split dev     # prints the same on other text, to choose settings; writes nothing
+    python benchmarks/repairs.py --only 1.1
+
+The head alone: `sh.repair_head` with the head's own learning rates, codes included. LoRA: afterwards head and adapters
+together learn the distribution of the untouched dense model by forward KL; no labels, so that the same training leaves
+the dense model itself as it is. The adapters are merged: the body keeps its size. Perplexity is compared with the
+untouched dense model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from heads import Bench, states_of
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+import hf_softheads as sh
+from hf_softheads.bridge import Reader
+from hf_softheads.heads import ProductVQ, TransformCoded
+from hf_softheads.heads.base import HeadSpec
+from hf_softheads.losses import KL
+
+BATCH = 1024
+WINDOWS = 4  # a step of the second stage
+LORA_LR, SECOND_LR, SECOND_CODE_LR = 2e-3, 3e-4, 5e-3
+
+
+def settings(dim: int) -> dict[str, tuple[HeadSpec, int, int]]:
+    """Spec, steps for the head alone, steps of the second stage."""
+    return {
+        "2.25": (TransformCoded(2.25), 3000, 0),
+        "1.1": (TransformCoded(1.1, dim * 3 // 4), 3000, 0),
+        "1.1 second stage": (TransformCoded(1.1, dim * 3 // 4), 1500, 500),
+        "product_vq": (ProductVQ(dim // 8), 300, 0),
+    }
+
+
+def tune_body(model: Any, dense: Any, rows: Tensor, steps: int, seed: int) -> Any:
+    """Train LoRA adapters and the head towards the dense model's distribution, and merge the adapters."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    wrapped = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets))
+    adapters = [p for p in wrapped.parameters() if p.requires_grad]
+    student, teacher = Reader(wrapped.base_model.model), Reader(dense)
+    head: Any = student.head
+    own = [p.requires_grad_(True) for p in head.parameters()]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": adapters, "lr": LORA_LR},
+            {"params": own, "lr": SECOND_LR},
+            {"params": head.thaw(), "lr": SECOND_CODE_LR},
+        ],
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / steps)))
+    )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed + 1))
+    loss_of = KL()
+    for step in range(steps):
+        batch = rows[order[torch.arange(WINDOWS).add(step * WINDOWS) % len(rows)]]
+        with torch.no_grad():
+            hidden = teacher.hidden(input_ids=batch)[:, :-1].flatten(0, 1)
+            wanted = F.linear(hidden.bfloat16(), teacher.head.weight.bfloat16()).float()
+        hidden = student.hidden(input_ids=batch)[:, :-1].flatten(0, 1)
+        logits = F.linear(hidden.bfloat16(), head.dense()[0].bfloat16()).float()
+        loss = loss_of.per_token(logits, batch[:, 1:].flatten(), wanted).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 25 == 0:
+            print(f"  second stage {step} of {steps}: {float(loss.detach()):.4f}", flush=True)
+    head.freeze()
+    return wrapped.merge_and_unload()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--split", choices=["heldout", "dev"], default="heldout")
+    parser.add_argument("--only", nargs="*", default=None)
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps, for a quick look")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    bench = Bench.prepare(arguments.split, arguments.seed)
+    for name, (spec, steps, second) in settings(bench.judge.weight.shape[1]).items():
+        steps, second = int(steps * arguments.share), int(second * arguments.share)
+        label = f"{spec.name} + distilled" + " + LoRA on the body" * bool(second)
+        if arguments.only is not None and name not in arguments.only:
+            continue
+        if bench.has(label, spec, steps + second):
+            continue
+        began = time.process_time()
+        patched = sh.patch(copy.deepcopy(bench.model), head=spec, stats=bench.stats)
+        teacher = sh.dense_head(patched)
+        rows = bench.train.input_ids
+        sh.repair_head(patched, teacher, rows, steps=steps, batch_size=BATCH, seed=arguments.seed)
+        hidden = None
+        if second:
+            patched = tune_body(patched, bench.model, rows, second, arguments.seed)
+            hidden = states_of(patched, bench.held_out)
+        seconds = time.process_time() - began
+        head = patched.get_output_embeddings()
+        bench.record(label, spec, head, seconds, steps + second, hidden=hidden, body=bool(second))
+
+
+if __name__ == "__main__":
+    main()
