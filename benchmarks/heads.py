@@ -193,7 +193,6 @@ class Bench:
         steps: int = 0,
         *,
         hidden: Tensor | None = None,
-        **more: Any,
     ) -> None:
         """Judge a head and write its row; `seconds` are processor time."""
         row = {
@@ -201,7 +200,6 @@ class Bench:
             "spec": spec.to_dict(),
             "repair_steps": steps,
             "cpu_seconds": round(seconds, 1),
-            **more,
             **sizes(head, self.judge.weight.numel()),
             **self.judge(stored_as_bf16(head), hidden),
             "commit": self.source["commit"],
