@@ -33,14 +33,15 @@ from hf_softheads.losses import KL
 BATCH = 1024
 TEXT = 800  # windows, 400,000 hidden states
 WINDOWS = 4  # a step of the second stage
-LORA_LR, SECOND_LR, SECOND_CODE_LR = 2e-3, 3e-4, 5e-3
+LORA_LR = 1e-3
+SECOND = 0.3  # of the head's own rates
 
 
 def settings(dim: int) -> dict[str, tuple[HeadSpec, int, int]]:
     """Spec, steps for the head alone, steps of the second stage."""
     return {
         "2.25": (TransformCoded(2.25), 1500, 0),
-        "1.1": (TransformCoded(1.1, dim * 3 // 4), 1500, 300),
+        "1.1": (TransformCoded(1.1, dim * 3 // 4), 750, 150),
         "product_vq": (ProductVQ(dim // 8), 300, 0),
     }
 
@@ -52,16 +53,11 @@ def tune_body(model: Any, dense: Any, rows: Tensor, steps: int, seed: int) -> An
     adapters = [p for p in wrapped.parameters() if p.requires_grad]
     student, teacher = Reader(wrapped.base_model.model), Reader(dense)
     head: Any = student.head
-    own = [p.requires_grad_(True) for p in head.parameters()]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": adapters, "lr": LORA_LR},
-            {"params": own, "lr": SECOND_LR},
-            {"params": head.thaw(), "lr": SECOND_CODE_LR},
-        ],
-        betas=(0.9, 0.98),
-        weight_decay=0.0,
-    )
+    groups = [{"params": adapters, "lr": LORA_LR}]
+    for p in head.parameters():
+        groups.append({"params": [p.requires_grad_(True)], "lr": SECOND * head.repair_lr(p)})
+    groups.append({"params": head.thaw(), "lr": SECOND * head.code_lr})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / steps)))
     )
