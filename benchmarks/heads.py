@@ -241,13 +241,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--split", choices=["heldout", "dev"], default="heldout")
-    parser.add_argument("--only", default="", help="variants whose label begins so")
+    parser.add_argument("--only", nargs="*", default=[""], help="labels that begin so")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     bench = Bench.prepare(arguments.split, arguments.seed)
     vocab, dim = bench.judge.weight.shape
     for label, spec, informed in candidates(dim, vocab):
-        if not label.startswith(arguments.only) or bench.has(label, spec, 0):
+        if not label.startswith(tuple(arguments.only)) or bench.has(label, spec, 0):
             continue
         spec.check(dim, vocab)
         head = spec.module(dim, vocab)
