@@ -202,6 +202,7 @@ class Bench:
             "cpu_seconds": round(seconds, 1),
             **sizes(head, self.judge.weight.numel()),
             **self.judge(stored_as_bf16(head), hidden),
+            "states": len(self.judge.labels),
             "commit": self.source["commit"],
         }
         print(
