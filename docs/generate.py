@@ -102,7 +102,7 @@ def frontier_table() -> str:
         )
     lean = min(
         (r for r in rows if r["parameter_share"] <= 0.01),
-        key=lambda r: r["ratio"] + r["bits"] / 100,
+        key=lambda r: r["ratio"] + r["bits"] / 1000,
     )
     screened = max(
         (r for r in found["rows"] if r["variant"] == "screened"), key=lambda r: r["top1_agreement"]
