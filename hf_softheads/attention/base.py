@@ -167,10 +167,8 @@ class AttentionSpec(Spec, kind="attention"):
     def path(self) -> str:
         """How a layer with this variant runs, for `describe`."""
         plain = not self._overrides("weights")
-        torch_path = "scaled_dot_product_attention" if plain else "query blocks"
-        if self.row_map() is None:
-            return f"{torch_path}: no kernel has this row map"
-        return native.path(torch_path)
+        way = "scaled_dot_product_attention" if plain else "query blocks"
+        return native.path(way) if self.row_map() else f"{way}: no kernel has this row map"
 
     def module(self, geometry: Geometry) -> AttentionVariant:
         """The module that a patched layer holds as its child `softheads`."""
