@@ -41,7 +41,7 @@ def settings(dim: int) -> dict[str, tuple[HeadSpec, int, int]]:
     """Spec, steps for the head alone, steps of the second stage."""
     return {
         "2.25": (TransformCoded(2.25), 1500, 0),
-        "1.1": (TransformCoded(1.1, dim * 3 // 4), 750, 150),
+        "1.1": (TransformCoded(1.1, dim * 3 // 4), 1500, 300),
         "product_vq": (ProductVQ(dim // 8), 300, 0),
     }
 
@@ -97,7 +97,8 @@ def main() -> None:
         if arguments.only is not None and name not in arguments.only:
             continue
         label = f"{spec.name} + distilled"
-        if bench.has(label, spec, steps):
+        last = f"{label} + LoRA on the body" if second else label
+        if bench.has(last, spec, steps + second):
             continue
         began = time.process_time()
         patched = sh.patch(copy.deepcopy(bench.model), head=spec, stats=bench.stats)
@@ -111,8 +112,8 @@ def main() -> None:
         patched = tune_body(patched, bench.model, rows, second, arguments.seed)
         seconds += time.process_time() - began
         hidden = states_of(patched, bench.held_out)
-        head, label = patched.get_output_embeddings(), f"{label} + LoRA on the body"
-        bench.record(label, spec, head, seconds, steps + second, hidden=hidden)
+        head = patched.get_output_embeddings()
+        bench.record(last, spec, head, seconds, steps + second, hidden=hidden)
 
 
 if __name__ == "__main__":
