@@ -42,7 +42,8 @@ def local_moments(stats: HeadStats, weight: Tensor, clusters: int = 32) -> tuple
     device = weight.device
     root, inverse = (r.to(device) for r in metric_root(stats))
     whole = root @ root.T
-    places = stats.prob_weighted_mean.to(device, torch.float64) @ inverse.T
+    parts = stats.prob_weighted_mean.split(_ROWS)  # whole in fp32 only
+    places = torch.cat([(part.to(device, torch.float64) @ inverse.T).float() for part in parts])
     labels = kmeans(places, min(clusters, len(weight)), weights=stats.curvature.to(device)).labels
     member = F.one_hot(labels).float()
     states = stats.states.to(device)
