@@ -42,8 +42,10 @@ def local_moments(stats: HeadStats, weight: Tensor, clusters: int = 32) -> tuple
     device = weight.device
     root, inverse = (r.to(device) for r in metric_root(stats))
     whole = root @ root.T
-    parts = stats.prob_weighted_mean.split(_ROWS)  # whole in fp32 only
-    places = torch.cat([(part.to(device, torch.float64) @ inverse.T).float() for part in parts])
+    contexts = stats.prob_weighted_mean
+    places = torch.empty(contexts.shape, device=device)
+    for part, out in zip(contexts.split(_ROWS), places.split(_ROWS), strict=True):
+        out.copy_(part.to(device, torch.float64) @ inverse.T)
     labels = kmeans(places, min(clusters, len(weight)), weights=stats.curvature.to(device)).labels
     member = F.one_hot(labels).float()
     states = stats.states.to(device)
