@@ -186,6 +186,21 @@ def distillation_table() -> str:
     )
 
 
+def confidence_table() -> str:
+    """Area under the risk–coverage curve by label smoothing and score, from `confidence.json`."""
+    found = _results("confidence")
+    scores = list(next(iter(found["rows"].values()))["aurc"])
+    table = Table(["label smoothing", "perplexity", "accuracy", *scores])
+    for name, row in found["rows"].items():
+        values = (f"{value:.4f}" for value in row["aurc"].values())
+        table.add(name, f"{row['perplexity']:.1f}", f"{row['accuracy']:.1%}", *values)
+    settings = found["settings"]
+    return (
+        f"{table.markdown()}\n\nArea under the risk–coverage curve, lower is better; {settings['tokens']:,} held-out "
+        f"tokens, head trained {settings['steps']} steps. {_where(found, '../')}"
+    )
+
+
 def attention_table() -> str:
     """Every attention variant, from the docstrings and tags of its class."""
     columns = ["name", "formula", "source", "sums to one", "exact zeros", "sinks", "training-free"]

@@ -5,7 +5,7 @@ sh.patch(model, head=sh.heads.VQ(codes=4096), attention=sh.attention.SSMax())
 model.save_pretrained("out")  # loads with AutoModelForCausalLM.from_pretrained after `import hf_softheads`
 """
 
-from hf_softheads import attention, bridge, data, embedded, heads, losses
+from hf_softheads import attention, bridge, confidence, data, embedded, heads, losses
 from hf_softheads.checkpoint import SoftheadsQuantizer as _SoftheadsQuantizer  # noqa: F401 - registers itself
 from hf_softheads.choose import Choice, choose
 from hf_softheads.config import SoftheadsConfig
@@ -34,6 +34,7 @@ __all__ = [
     "bridge",
     "choose",
     "collect",
+    "confidence",
     "data",
     "dense_head",
     "describe",

@@ -160,6 +160,23 @@ def plot_head(facts: Mapping[str, Any], path: str | Path) -> Path:
     return _save(figure, path)
 
 
+def plot_curves(
+    curves: Mapping[str, Sequence[float]], path: str | Path, *, xlabel: str, ylabel: str, title: str
+) -> Path:
+    """Curves over shares from 0 to 1, evenly spaced."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for name, values in curves.items():
+        axes.plot([(i + 1) / len(values) for i in range(len(values))], values, label=name)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
 def plot_ratios(bars: Mapping[str, float], path: str | Path, xlabel: str, title: str) -> Path:
     """Horizontal bars, the longest on top, with a line at 1."""
     names = sorted(bars, key=lambda name: bars[name])

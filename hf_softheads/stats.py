@@ -58,6 +58,11 @@ class HeadStats:
         return self.token_counts.shape[0]
 
     @property
+    def frequency(self) -> Tensor:
+        """Token counts plus one token's worth of `mean_prob`, so that none is 0, `(V,)` float64."""
+        return self.token_counts.double() + self.mean_prob.double()
+
+    @property
     def covariance(self) -> Tensor:
         """`E[(h - E h)(h - E h)ᵀ]`, `(D, D)` float64."""
         return self.second_moment - torch.outer(self.mean, self.mean)

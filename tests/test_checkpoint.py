@@ -169,16 +169,20 @@ def test_peft_on_top(folder, tokens, tmp_path):
         assert torch.equal(plain(tokens).logits, merged(input_ids=tokens).logits)
 
 
-def test_dense_head_is_resized(tokens):
-    model = sh.patch(make_model("llama"), head=sh.heads.Dense())
+@pytest.mark.parametrize("spec", [sh.heads.Dense(), sh.heads.VQ(codes=24)], ids=lambda s: s.name)
+def test_heads_are_resized(spec, tokens, tmp_path):
+    model = sh.patch(make_model("llama"), head=spec)
     before = model(tokens).logits
     model.resize_token_embeddings(VOCAB + 5)
     after = model(tokens).logits
     assert after.shape[-1] == VOCAB + 5
     torch.testing.assert_close(after[..., :VOCAB], before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, after)
 
 
-def test_a_head_that_cannot_be_resized_refuses_before_anything_changed(patched, tokens):
+def test_a_head_that_cannot_be_resized_refuses_before_anything_changed(tokens):
+    patched = sh.patch(make_model("llama"), head=sh.heads.Quantized(4))
     before = patched(tokens).logits
     with pytest.raises(NotImplementedError, match="cannot be resized from 96 to 101 tokens"):
         patched.resize_token_embeddings(VOCAB + 5)

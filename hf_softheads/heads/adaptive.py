@@ -74,8 +74,7 @@ class Adaptive(HeadSpec, name="adaptive"):
             raise ValueError(
                 f"{self} needs the token frequencies; pass stats=sh.collect(model, batches)"
             )
-        frequency = stats.token_counts.double() + stats.mean_prob.double()
-        order = frequency.argsort(descending=True, stable=True).to(weight.device)
+        order = stats.frequency.argsort(descending=True, stable=True).to(weight.device)
         head.order.copy_(order)
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias[order])

@@ -10,15 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_softheads.heads import assignment, floor
 from hf_softheads.heads.base import Head, HeadSpec, check_temperature, index_dtype
-from hf_softheads.heads.metric import metric_root
-from hf_softheads.kmeans import fill_empty, kmeans, nearest, require_finite, weighted_means
+from hf_softheads.heads.code_bias import code_bias
+from hf_softheads.kmeans import nearest, require_finite, weighted_means
 
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
-
-_IPF_STEPS = 30
-_IPF_ELEMENTS = 2**24  # states × codes used to fit the code marginals
 
 
 @dataclass(frozen=True)
@@ -88,81 +86,18 @@ class VQ(HeadSpec, name="vq"):
             raise ValueError(
                 f"{self} needs statistics of the model's hidden states; pass stats=sh.collect(model, batches)"
             )
-        labels, row_weights = self._map(weight, stats)
+        labels, row_weights = assignment.initial_map(self, weight, stats)
         head.codes.copy_(labels)
         head.weight.copy_(weighted_means(weight, labels, self.codes, row_weights))
         if head.bias is not None:
-            head.bias.copy_(self._bias(head, labels, bias, stats))
+            if self.bias != "none" and stats is not None:
+                bias = code_bias(head, labels, stats, fitted=self.bias == "fitted")
+            assert bias is not None  # else the head has one because the dense head had
+            head.bias.copy_(bias)
         head.measure_floor(stats)
 
-    def _map(self, weight: Tensor, stats: HeadStats | None) -> tuple[Tensor, Tensor]:
-        """Code of each token and its weight in the mean of the code, `(V,)` both."""
-        vocab = len(weight)
-        row_weights = torch.ones(vocab, device=weight.device)
-        root = None
-        if stats is not None and self.metric == "activation":
-            row_weights = stats.mean_prob.to(weight.device)
-            root = metric_root(stats, centred=self.bias != "none")[0]
-        labels = torch.empty(vocab, dtype=torch.long, device=weight.device)
-        shared = torch.arange(vocab, device=weight.device)
-        if stats is not None and self.singletons:
-            order = _frequencies(stats).argsort(descending=True).to(weight.device)
-            labels[order[: self.singletons]] = torch.arange(self.singletons, device=weight.device)
-            shared = order[self.singletons :].sort().values
-        codes = self.codes - self.singletons
-        if self.init == "kmeans":
-            points = weight if not self.singletons else weight[shared]
-            found = kmeans(
-                points, codes, weights=row_weights[shared], metric=root, seed=self.seed
-            ).labels
-        elif self.init == "random":
-            generator = torch.Generator().manual_seed(self.seed)
-            found = torch.randint(codes, (len(shared),), generator=generator).to(weight.device)
-        else:
-            found = torch.arange(len(shared), device=weight.device) * codes // len(shared)
-        labels[shared] = found + self.singletons
-        return labels, row_weights
 
-    def _bias(
-        self, head: VQHead, labels: Tensor, bias: Tensor | None, stats: HeadStats | None
-    ) -> Tensor:
-        if self.bias == "none" or stats is None:
-            assert bias is not None  # the head has a bias only because the dense head had one
-            return bias.float()
-        prior = _frequencies(stats) if self.bias == "prior" else stats.mean_prob.double()
-        prior = prior.to(labels.device)
-        mass = prior.new_zeros(self.codes).index_add_(0, labels, prior)
-        law = (prior / mass[labels]).log() / head.gain
-        if self.bias == "fitted":
-            law = law + _code_offsets(head, stats, mass.float())[labels]
-        else:
-            law = (
-                law
-                + (torch.bincount(labels, minlength=self.codes).double().log() / head.gain)[labels]
-            )
-        return law.float()
-
-
-def _frequencies(stats: HeadStats) -> Tensor:
-    """Token counts plus one token's worth of the dense model's mean probability, so that none is 0; `(V,)`."""
-    return stats.token_counts.double() + stats.mean_prob.double()
-
-
-def _code_offsets(head: VQHead, stats: HeadStats, mass: Tensor) -> Tensor:
-    """`a` with `E_h[softmax(codebook · h + a)] = mass`, by iterative proportional fitting; `(C,)`."""
-    count = max(256, _IPF_ELEMENTS // len(mass))
-    states = stats.states[:count].to(mass.device)
-    scores = F.linear(states, head.weight.float())  # (S, C)
-    transform = head.transform or (lambda z: z)
-    offsets = torch.zeros_like(mass)
-    for _ in range(_IPF_STEPS):
-        predicted = transform(scores + offsets).softmax(-1).mean(0)
-        step = (mass.clamp_min(1e-20) / predicted.clamp_min(1e-20)).log()
-        offsets += torch.where(mass > 0, step, 0) / head.gain
-    return offsets
-
-
-class _Groups(NamedTuple):
+class Groups(NamedTuple):
     """Lookup tables that follow from the token → code map."""
 
     code_of: Tensor  # code of each token, (V,) int32
@@ -190,7 +125,7 @@ class VQHead(Head):
     def scores(self, hidden: Tensor) -> Tensor:
         codes = F.linear(hidden, self.weight).float()
         flat = codes.view(-1, codes.shape[-1])  # index_select is fastest on rows, in fp32, by int32
-        index = self._groups().code_of
+        index = self.groups().code_of
         if flat.requires_grad:
             index = index.long()  # the backward's index_add_ is 15 times slower by int32
         full = flat.index_select(1, index)
@@ -201,7 +136,7 @@ class VQHead(Head):
     def log_prob(self, hidden: Tensor, labels: Tensor) -> Tensor:
         if not self._factorises:
             return super().log_prob(hidden, labels)
-        groups, mass = self._groups(), self._code_mass()
+        groups, mass = self.groups(), self.code_mass()
 
         def chunk(h: Tensor, y: Tensor) -> Tensor:
             codes = self._code_logits(h)
@@ -215,7 +150,7 @@ class VQHead(Head):
     def logsumexp(self, hidden: Tensor) -> Tensor:
         if not self._factorises:
             return super().logsumexp(hidden)
-        mass = self._code_mass()
+        mass = self.code_mass()
         return self._in_chunks(
             lambda h: (self._code_logits(h) + mass).logsumexp(-1),
             hidden,
@@ -224,7 +159,7 @@ class VQHead(Head):
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        groups = self._groups()
+        groups = self.groups()
         depth = min(k, int(self._derived("largest", lambda: int(groups.sizes.max()), self.codes)))
         breadth = min(k, len(self.weight))
         if not self._increases or depth * breadth > self.out_features:
@@ -255,7 +190,7 @@ class VQHead(Head):
         check_temperature(temperature)
         if not self._factorises:
             return super().sample(hidden, temperature=temperature, generator=generator)
-        groups, mass = self._groups(), self._code_mass(temperature)
+        groups, mass = self.groups(), self.code_mass(temperature)
         within = self._within(temperature)
 
         def chunk(h: Tensor) -> Tensor:
@@ -273,50 +208,39 @@ class VQHead(Head):
 
         return self._in_chunks(chunk, hidden, width=4 * len(self.weight))
 
-    @torch.no_grad()
     def reassign(self, weight: Tensor, stats: HeadStats | None = None) -> int:
-        """Move every token to the code nearest to its trained row `weight (V, D)`; how many moved.
+        """Move every token to the code nearest to its trained row `weight (V, D)`; see `assignment.reassign`."""
+        return assignment.reassign(self, weight, stats)
 
-        With `stats` distances are in the activation metric. A token's bias changes so that its mean logit stays;
-        singleton codes and their tokens stay; a code left empty takes the token that fits its own code worst.
-        """
-        require_finite(weight, "output rows")
-        groups = self._groups()
-        old = groups.code_of.long()
-        shared = (old >= self.singletons).nonzero().flatten()
-        centers = self.weight[self.singletons :].float()
-        root = None
-        if stats is not None:
-            stats.check(self.in_features, self.out_features)
-            root = metric_root(stats, centred=self.bias is not None)[0].to(weight.device)
-        labels, cost = nearest(weight[shared], centers, metric=root)
-        before = labels.clone()
-        fill_empty(labels, cost, len(centers))
-        new = old.clone()
-        new[shared] = labels + self.singletons
-        refilled = shared[labels != before]
-        self.weight[new[refilled]] = weight[refilled].to(self.weight.dtype)
-        if self.bias is not None and stats is not None:
-            mean = F.linear(stats.mean.to(self.weight), self.weight)
-            self.bias.add_(mean[old] - mean[new])
-        self.codes.copy_(new)
-        return int((new != old).sum())
+    def resize(self, vocab: int) -> VQHead:
+        """Codes are kept; new tokens join the code nearest to the mean row, with the mean bias. Forgets the floor."""
+        old = self.codes.long()
+        new = VQHead(
+            self.in_features,
+            vocab,
+            len(self.weight),
+            bias=self.bias is not None,
+            singletons=self.singletons,
+        ).to(self.weight)
+        new.transform = self.transform
+        kept = min(vocab, self.out_features)
+        with torch.no_grad():
+            new.weight.copy_(self.weight)
+            rows = self.weight.float()
+            mean = rows[old].mean(0, keepdim=True)
+            shared = rows[self.singletons :]
+            new.codes.fill_(int(nearest(mean, shared)[0]) + self.singletons)
+            new.codes[:kept] = self.codes[:kept]
+            if self.bias is not None and new.bias is not None:
+                new.bias.data = new.bias.data.to(self.bias.dtype)
+                new.bias.fill_(float(self.bias.mean()))
+                new.bias[:kept] = self.bias[:kept]
+        return new
 
     @torch.no_grad()
     def measure_floor(self, stats: HeadStats | None) -> None:
         """Record the least mean loss that any codebook can reach on tokens as frequent as in `stats`."""
-        if stats is None:
-            self.floor.fill_(-1)
-            return
-        counts = stats.token_counts.to(self.codes.device).double()
-        groups = self._groups()
-        index = groups.code_of.long()
-        losses = [groups.sizes.double().log()[index]]
-        if self.bias is not None:
-            scaled = self.bias.double() * self.gain
-            losses.append(self._code_mass().double()[index] - scaled)
-        for place, loss in enumerate(losses):
-            self.floor[place] = round(1e6 * float((counts * loss).sum() / counts.sum()))
+        self.floor.copy_(torch.tensor([-1, -1] if stats is None else floor.measure(self, stats)))
 
     @property
     def perplexity_floor(self) -> float | None:
@@ -328,22 +252,11 @@ class VQHead(Head):
         return self.codes.long()[:, None], len(self.weight)
 
     def notes(self) -> list[str]:
-        sizes = self._groups().sizes
+        sizes = self.groups().sizes
         lines = [
             f"{int((sizes == 1).sum())} of {len(sizes)} codes hold one token, the largest {int(sizes.max())}"
         ]
-        uniform, biased = (self.floor.double() / 1e6).exp().tolist()
-        if self.floor[0] >= 0:
-            lines.append(f"perplexity floor of the map, equal logits within a code: {uniform:.2f}")
-        else:
-            even = float(sizes[self._groups().code_of.long()].double().log().mean().exp())
-            lines.append(
-                f"perplexity floor of the map if all tokens were equally frequent: {even:.2f} "
-                "(patch with stats=… for that of real text)"
-            )
-        if self.floor[1] >= 0:
-            lines.append(f"perplexity floor of the map with its bias as fitted: {biased:.2f}")
-        return lines
+        return lines + floor.lines(self)
 
     @property
     def flops(self) -> int:
@@ -374,11 +287,11 @@ class VQHead(Head):
     def _code_logits(self, hidden: Tensor) -> Tensor:
         return self._known_transform()(F.linear(hidden, self.weight).float())
 
-    def _groups(self) -> _Groups:
+    def groups(self) -> Groups:
         return self._derived("groups", self._build_groups, self.codes, *self._biases)
 
     @torch.no_grad()
-    def _build_groups(self) -> _Groups:
+    def _build_groups(self) -> Groups:
         index = self.codes.long()
         sizes = torch.bincount(index, minlength=len(self.weight))
         if self.bias is None:
@@ -386,11 +299,11 @@ class VQHead(Head):
         else:
             tokens = self.bias.float().argsort(descending=True, stable=True)
             tokens = tokens[index[tokens].argsort(stable=True)]
-        return _Groups(index.int(), sizes, sizes.cumsum(0) - sizes, tokens)
+        return Groups(index.int(), sizes, sizes.cumsum(0) - sizes, tokens)
 
     def _peaks(self) -> Tensor:
         """Largest bias of each code, `(C,)`; -inf where it has no token."""
-        groups = self._groups()
+        groups = self.groups()
         if self.bias is None:
             peak = torch.zeros_like(groups.sizes, dtype=torch.float32)
         else:
@@ -399,14 +312,14 @@ class VQHead(Head):
             ]
         return peak.masked_fill(groups.sizes == 0, -torch.inf)
 
-    def _code_mass(self, temperature: float = 1.0) -> Tensor:
+    def code_mass(self, temperature: float = 1.0) -> Tensor:
         """`log Σ_{v in code} exp(bias_v · scale / temperature)`, `(C,)` fp32; differentiable in the bias."""
         if self.bias is None:
-            return self._derived("sizes", lambda: self._groups().sizes.float().log(), self.codes)
+            return self._derived("sizes", lambda: self.groups().sizes.float().log(), self.codes)
         bias, gain = self.bias, self.gain
 
         def build() -> Tensor:
-            index = self._groups().code_of.long()
+            index = self.groups().code_of.long()
             values = bias.float() * (gain / temperature)
             peak = self._peaks() * (gain / temperature)
             safe = peak.masked_fill(peak.isinf(), 0)
@@ -424,9 +337,9 @@ class VQHead(Head):
         bias, factor = self.bias, self.gain / temperature
 
         def build() -> Tensor:
-            groups = self._groups()
+            groups = self.groups()
             code = groups.code_of[groups.tokens].long()
-            mass = self._code_mass(temperature).double()
+            mass = self.code_mass(temperature).double()
             return (bias[groups.tokens].double() * factor - mass[code]).exp().cumsum(0)
 
         return self._derived("within", build, self.codes, bias, constants=factor)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_softheads.heads import VQ
+from hf_softheads.heads.assignment import learn_assignment
 from hf_softheads.heads.vq import VQHead
 from tests.heads.conftest import Toy
 
@@ -200,3 +201,51 @@ def test_unknown_transform_is_refused_but_scores_work(toy: Toy) -> None:
     for method in (head.logsumexp, lambda h: head.topk(h, 1), head.sample):
         with pytest.raises(NotImplementedError, match="only model"):
             method(toy.hidden[:2])
+
+
+def test_gumbel_softmax_learns_the_map(toy: Toy) -> None:
+    dense = (toy.hidden @ toy.weight.T).log_softmax(-1)
+
+    def divergence(head: VQHead) -> float:
+        mine = head(toy.hidden).log_softmax(-1)
+        return float((dense.exp() * (dense - mine)).sum(-1).mean().detach())
+
+    head = fitted(VQ(24, init="random"), toy)
+    before, codes = divergence(head), head.codes.clone()
+    moved = learn_assignment(head, toy.weight, toy.stats, steps=150, tokens=128)
+    assert moved == int((head.codes != codes).sum()) > 100
+    assert divergence(head) < 0.6 * before
+    assert torch.bincount(head.codes.long(), minlength=24).min() > 0
+    again = fitted(VQ(24, init="random"), toy)
+    learn_assignment(again, toy.weight, toy.stats, steps=150, tokens=128)
+    assert torch.equal(again.codes, head.codes)  # deterministic under its seed
+
+
+def test_learning_keeps_singletons(toy: Toy) -> None:
+    head = fitted(VQ.repaired(32), toy)
+    alone = (head.codes.long() < 8).nonzero().flatten()
+    codes, rows = head.codes[alone].clone(), head.weight[:8].clone()
+    learn_assignment(head, toy.weight, toy.stats, steps=20, tokens=64)
+    assert torch.equal(head.codes[alone], codes)
+    assert torch.equal(head.weight[:8], rows)
+
+
+@pytest.mark.parametrize("options", [{"candidates": 1}, {"candidates": 33}, {"steps": 0}])
+def test_learning_refuses_impossible_options(options: dict[str, int], toy: Toy) -> None:
+    head = fitted(VQ(32), toy)
+    with pytest.raises(ValueError, match="2 to 32 candidates"):
+        learn_assignment(head, toy.weight, toy.stats, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spec", [VQ(16), VQ.repaired(32)], ids=["published", "repaired"])
+def test_resize_keeps_the_old_tokens(spec: VQ, toy: Toy) -> None:
+    head = fitted(spec, toy)
+    for vocab in (300, 200):
+        new = head.resize(vocab)
+        kept = min(vocab, 256)
+        assert new(toy.hidden).shape == (len(toy.hidden), vocab)
+        assert torch.equal(new(toy.hidden)[:, :kept], head(toy.hidden)[:, :kept])
+        assert new.perplexity_floor is None
+    grown = head.resize(300)(toy.hidden)[:, 256:]
+    assert torch.equal(grown, grown[:, :1].expand_as(grown))
+    assert (head.resize(300).codes[256:] >= spec.singletons).all()

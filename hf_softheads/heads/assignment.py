@@ -1,0 +1,212 @@
+"""Which token has which code: the first map, moving tokens to better codes, and learning the map with the codebook."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from hf_softheads.heads.metric import metric_root
+from hf_softheads.kmeans import fill_empty, kmeans, nearest, require_finite
+
+if TYPE_CHECKING:
+    from hf_softheads.heads.vq import VQ, VQHead
+    from hf_softheads.stats import HeadStats
+
+_BATCH = 512  # hidden states a step
+_ROWS = 2**22  # distances held at once
+
+
+def initial_map(spec: VQ, weight: Tensor, stats: HeadStats | None) -> tuple[Tensor, Tensor]:
+    """Code of each token and its weight in the mean of the code, `(V,)` both."""
+    vocab = len(weight)
+    row_weights = torch.ones(vocab, device=weight.device)
+    root = None
+    if stats is not None and spec.metric == "activation":
+        row_weights = stats.mean_prob.to(weight.device)
+        root = metric_root(stats, centred=spec.bias != "none")[0]
+    labels = torch.empty(vocab, dtype=torch.long, device=weight.device)
+    shared = torch.arange(vocab, device=weight.device)
+    if stats is not None and spec.singletons:
+        order = stats.frequency.argsort(descending=True).to(weight.device)
+        labels[order[: spec.singletons]] = torch.arange(spec.singletons, device=weight.device)
+        shared = order[spec.singletons :].sort().values
+    codes = spec.codes - spec.singletons
+    if spec.init == "kmeans":
+        points = weight if not spec.singletons else weight[shared]
+        found = kmeans(
+            points, codes, weights=row_weights[shared], metric=root, seed=spec.seed
+        ).labels
+    elif spec.init == "random":
+        generator = torch.Generator().manual_seed(spec.seed)
+        found = torch.randint(codes, (len(shared),), generator=generator).to(weight.device)
+    else:
+        found = torch.arange(len(shared), device=weight.device) * codes // len(shared)
+    labels[shared] = found + spec.singletons
+    return labels, row_weights
+
+
+@torch.no_grad()
+def reassign(head: VQHead, weight: Tensor, stats: HeadStats | None = None) -> int:
+    """Move every token to the code nearest to its trained row `weight (V, D)`; how many moved.
+
+    With `stats` distances are in the activation metric. A token's bias changes so that its mean logit stays; singleton
+    codes and their tokens stay; a code left empty takes the token that fits its own code worst. Between rounds of
+    training the codebook, this lets the map follow it.
+    """
+    require_finite(weight, "output rows")
+    shared = _shared(head)
+    root = _metric(head, weight, stats)
+    labels, cost = nearest(weight[shared], head.weight[head.singletons :].float(), metric=root)
+    old = head.codes.long()
+    moved = _install(head, shared, labels, cost, weight)
+    if head.bias is not None and stats is not None:
+        mean = F.linear(stats.mean.to(head.weight), head.weight)
+        head.bias.add_(mean[old] - mean[head.codes.long()])
+    head.measure_floor(stats)
+    return moved
+
+
+def learn_assignment(
+    head: VQHead,
+    weight: Tensor,
+    stats: HeadStats,
+    *,
+    steps: int = 200,
+    candidates: int = 8,
+    tokens: int = 1024,
+    temperatures: tuple[float, float] = (1.0, 0.1),
+    lr: float = 0.05,
+    codebook_lr: float = 1e-2,
+    seed: int = 0,
+) -> int:
+    """Learn map and codebook together with Gumbel-softmax (Jang et al., arXiv 1611.01144); how many tokens moved.
+
+    Each token chooses among its nearest codes: `softmax((θ + g) / τ)`, g Gumbel noise, τ falling exponentially, hard
+    in the forward pass and soft in the backward one. A step looks at some hidden states and some tokens, drawn by their
+    mean probability, and takes the KL divergence from the dense head among those, so that it never holds
+    `(states, V)`. The bias trains too. At the end every token gets the code of its largest θ.
+
+    Args:
+        weight: the dense matrix `(V, D)`.
+        stats: whose hidden states and mean probabilities are used.
+        candidates: codes that a token chooses among.
+        tokens: sampled for a step.
+        temperatures: first and last τ.
+
+    Raises:
+        ValueError: a field that makes no sense, or statistics of another model.
+    """
+    vocab, dim = weight.shape
+    stats.check(dim, vocab)
+    codes = len(head.weight) - head.singletons
+    if not 1 < candidates <= codes or steps < 1 or not tokens > 1 or min(temperatures) <= 0:
+        raise ValueError(
+            f"asked for {steps} steps, {candidates} candidates of {codes} shared codes, {tokens} tokens and the "
+            f"temperatures {temperatures}; at least 1 step, 2 to {codes} candidates, 2 tokens and positive "
+            "temperatures are possible"
+        )
+    require_finite(weight, "output rows")
+    shared = _shared(head)
+    root = _metric(head, weight, stats)
+    chosen, distance = _nearest_codes(head, weight[shared], root, candidates)
+    options = head.codes.long()[:, None].repeat(1, candidates)  # a singleton has no other choice
+    options[shared] = chosen + head.singletons
+    near, far = distance.aminmax(dim=1, keepdim=True)
+    theta = torch.zeros(vocab, candidates, device=weight.device)
+    theta[shared] = (near - distance) / (far - near + 1e-12)
+    theta.requires_grad_()
+    book = head.weight.detach().float().clone().requires_grad_()
+    groups = [{"params": [theta], "lr": lr}, {"params": [book], "lr": codebook_lr}]
+    bias = None
+    if head.bias is not None:
+        bias = head.bias.detach().float().clone().requires_grad_()
+        groups.append({"params": [bias], "lr": codebook_lr})
+    optimizer = torch.optim.Adam(groups)
+    generator = torch.Generator().manual_seed(seed)
+    probability = stats.mean_prob.double() + 1e-12
+    count = min(tokens, vocab)
+    states = stats.states
+    gain = head.gain
+    for step in tqdm(range(steps), desc="assignment", disable=None, leave=False):
+        share = step / max(steps - 1, 1)
+        heat = temperatures[0] * (temperatures[1] / temperatures[0]) ** share
+        where = torch.randint(len(states), (min(_BATCH, len(states)),), generator=generator)
+        h = states[where].to(weight.device)
+        some = torch.multinomial(probability, count, generator=generator).to(weight.device)
+        noise = torch.empty(theta[some].shape).exponential_(generator=generator).log().neg()
+        soft = ((theta[some] + noise.to(weight.device)) / heat).softmax(-1)
+        hard = F.one_hot(soft.argmax(-1), candidates).float()
+        picked = hard + soft - soft.detach()
+        rows = (picked.unsqueeze(-1) * book[options[some]]).sum(1)
+        scores = F.linear(h, rows, None if bias is None else bias[some])
+        log_q = (gain * scores).log_softmax(-1)
+        log_p = (gain * F.linear(h, weight[some].float())).log_softmax(-1)
+        loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if not math.isfinite(float(loss.detach())):
+            raise ValueError(f"the loss is {float(loss.detach())} at step {step}; try a smaller lr")
+    with torch.no_grad():
+        head.weight[head.singletons :] = book[head.singletons :].to(head.weight.dtype)
+        best = theta[shared].argmax(-1, keepdim=True)
+        labels = chosen.gather(1, best).squeeze(1)
+        cost = distance.gather(1, best).squeeze(1)
+        moved = _install(head, shared, labels, cost, weight)
+        if head.bias is not None and bias is not None:
+            head.bias.copy_(bias)
+        head.measure_floor(stats)
+    return moved
+
+
+def _shared(head: VQHead) -> Tensor:
+    """Tokens that are not alone on a singleton code."""
+    return (head.codes.long() >= head.singletons).nonzero().flatten()
+
+
+def _metric(head: VQHead, weight: Tensor, stats: HeadStats | None) -> Tensor | None:
+    if stats is None:
+        return None
+    stats.check(head.in_features, head.out_features)
+    return metric_root(stats, centred=head.bias is not None)[0].to(weight.device)
+
+
+@torch.no_grad()
+def _nearest_codes(
+    head: VQHead, rows: Tensor, root: Tensor | None, count: int
+) -> tuple[Tensor, Tensor]:
+    """The nearest shared codes of each row and their squared distances, `(n, count)`, its own code among them."""
+    centers = head.weight[head.singletons :].float()
+    own = head.codes.long()[_shared(head)] - head.singletons
+    if root is not None:
+        rows, centers = rows.float() @ root.float(), centers @ root.float()
+    found, away = [], []
+    size = max(1, _ROWS // len(centers))
+    for part, mine in zip(rows.split(size), own.split(size), strict=True):
+        distance = torch.cdist(part.float(), centers).square()
+        place = torch.arange(len(part), device=part.device)
+        kept = distance[place, mine].clone()
+        distance[place, mine] = -1  # always among them
+        near, which = distance.topk(count, largest=False)
+        near[:, 0] = kept
+        found.append(which)
+        away.append(near)
+    return torch.cat(found), torch.cat(away)
+
+
+def _install(head: VQHead, shared: Tensor, labels: Tensor, cost: Tensor, weight: Tensor) -> int:
+    """Give the tokens `shared` new codes and fill codes left empty; how many moved."""
+    old = head.codes.long()
+    before = labels.clone()
+    fill_empty(labels, cost, len(head.weight) - head.singletons)
+    new = old.clone()
+    new[shared] = labels + head.singletons
+    refilled = shared[labels != before]
+    head.weight[new[refilled]] = weight[refilled].to(head.weight.dtype)
+    head.codes.copy_(new)
+    return int((new != old).sum())
