@@ -212,13 +212,20 @@ def test_gumbel_softmax_learns_the_map(toy: Toy) -> None:
 
     head = fitted(VQ(24, init="random"), toy)
     before, codes = divergence(head), head.codes.clone()
-    moved = learn_assignment(head, toy.weight, toy.stats, steps=150, tokens=128)
+    moved = learn_assignment(head, toy.weight, toy.stats, steps=150, codebook_lr=0.01)
     assert moved == int((head.codes != codes).sum()) > 100
     assert divergence(head) < 0.6 * before
     assert torch.bincount(head.codes.long(), minlength=24).min() > 0
     again = fitted(VQ(24, init="random"), toy)
-    learn_assignment(again, toy.weight, toy.stats, steps=150, tokens=128)
+    learn_assignment(again, toy.weight, toy.stats, steps=150, codebook_lr=0.01)
     assert torch.equal(again.codes, head.codes)  # deterministic under its seed
+
+
+def test_a_map_that_learning_did_not_improve_is_put_back(toy: Toy) -> None:
+    head = fitted(VQ.repaired(32), toy)
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    assert learn_assignment(head, toy.weight, toy.stats, steps=5, codebook_lr=10.0) == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
 
 
 def test_learning_keeps_singletons(toy: Toy) -> None:
