@@ -52,10 +52,12 @@ def repair_head(
 ) -> Repair:
     """Train only the model's head, in place, to give the teacher's distribution on the model's own hidden states.
 
-    The hidden states of `rows` are computed once and kept (at most 512 MiB of them); every step takes `batch_size` of
-    them at random. AdamW, a short warm-up, cosine decay to zero. Where the head's integer codes can be trained
-    (`Head.thaw`), they are real numbers meanwhile, rounded in every step with the gradient passed straight through, and
-    integers again afterwards: what is stored keeps its size. That takes six times the fp32 dense matrix in memory.
+    The hidden states of `rows` are computed before they are needed and kept, at most 512 MiB of them at a time; every
+    step takes `batch_size` of those at random. Of more text, one part after another gets an equal share of the steps:
+    states that come back often are learnt by heart. AdamW, a short warm-up, cosine decay to zero. Where the head's
+    integer codes can be trained (`Head.thaw`), they are real numbers meanwhile, rounded in every step with the gradient
+    passed straight through, and integers again afterwards: what is stored keeps its size. That takes six times the fp32
+    dense matrix in memory.
 
     Args:
         model: a patched model.
@@ -81,8 +83,7 @@ def repair_head(
         )
     losses = losses or {KL(): 1.0}
     Objective(model, losses, teacher)  # refuses before the text is read
-    if isinstance(rows, Tensor):
-        rows = cache_states(model, rows, tokens=steps * batch_size, seed=seed)
+    supply = _Supply(model, rows, steps, batch_size, seed)
     before = {k: v.clone() for k, v in head.state_dict().items()}
     wanted = [p.requires_grad for p in trained]
     for p in trained:
@@ -103,13 +104,11 @@ def repair_head(
         lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))),
     )
     step_of = _Step(model, losses, teacher)
-    generator = torch.Generator().manual_seed(seed)
     curve: list[float] = []
     try:
         with tqdm(total=steps, desc="repair", disable=None) as bar:
             for step in range(steps):
-                chosen = torch.randint(len(rows[0]), (batch_size,), generator=generator)
-                curve.append(step_of(rows[0][chosen], rows[1][chosen]))
+                curve.append(step_of(*supply.batch(step)))
                 if not math.isfinite(curve[-1]):
                     raise ValueError(
                         f"the loss is {curve[-1]} at step {step} of {steps}; the head was put back. Try a smaller lr"
@@ -129,7 +128,46 @@ def repair_head(
             p.grad = None
     tenth = max(1, steps // 10)
     first, last = sum(curve[:tenth]) / tenth, sum(curve[-tenth:]) / tenth
-    return Repair(steps, len(rows[0]), first, last)
+    return Repair(steps, supply.seen, first, last)
+
+
+class _Supply:
+    """Hidden states and labels for every step, from parts of the text that follow one another."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Tensor | tuple[Tensor, Tensor],
+        steps: int,
+        batch_size: int,
+        seed: int,
+    ):
+        self.model, self.size, self.seed = model, batch_size, seed
+        self.generator = torch.Generator().manual_seed(seed)
+        self.seen = 0
+        self.parts: list[Tensor] = []
+        self.first: list[int] = []  # step from which each part is in use
+        if not isinstance(rows, Tensor):
+            self.states, self.labels = rows
+            self.seen = len(self.labels)
+            return
+        _check_rows(rows)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        needed = -(-steps * batch_size // (rows.shape[1] - 1))  # windows
+        rows = rows[order[:needed]]
+        head = Reader(base_model(model)).head
+        width = head.in_features * (rows.shape[1] - 1) * 4
+        count = max(1, -(-len(rows) * width // CACHE_BYTES))
+        self.parts = list(rows.chunk(count))
+        self.first = [steps * i // len(self.parts) for i in range(len(self.parts))]
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        if step in self.first:
+            self.states = self.labels = torch.empty(0)  # room for the next
+            self.states, self.labels = _states_of(self.model, self.parts[self.first.index(step)])
+            self.seen += len(self.labels)
+        chosen = torch.randint(len(self.labels), (self.size,), generator=self.generator)
+        return self.states[chosen], self.labels[chosen]
 
 
 class _Step:
@@ -170,7 +208,6 @@ class _Step:
         return None if found is None else [part for part in found if part is not None]
 
 
-@torch.no_grad()
 def cache_states(
     model: nn.Module, rows: Tensor, *, tokens: int, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -181,17 +218,26 @@ def cache_states(
     Raises:
         ValueError: no windows of at least two tokens.
     """
+    _check_rows(rows)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return _states_of(model, rows[order], tokens)
+
+
+def _check_rows(rows: Tensor) -> None:
     if rows.ndim != 2 or rows.shape[1] < 2 or not len(rows):
         raise ValueError(f"repair needs token windows (N, W ≥ 2), got {tuple(rows.shape)}")
+
+
+@torch.no_grad()
+def _states_of(model: nn.Module, rows: Tensor, tokens: float = math.inf) -> tuple[Tensor, Tensor]:
     reader = Reader(base_model(model))
     device = reader.head.weight.device
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     kept: list[tuple[Tensor, Tensor]] = []
     size = total = 0
     training = reader.model.training
     reader.model.eval()
     try:
-        for batch in tqdm(rows[order].split(8), desc="hidden states", disable=None):
+        for batch in tqdm(rows.split(8), desc="hidden states", disable=None, leave=False):
             hidden = reader.hidden(input_ids=batch.to(device))[:, :-1]
             kept.append((hidden.flatten(0, 1).cpu(), batch[:, 1:].flatten()))
             size += hidden.numel() * hidden.element_size()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hf_softheads as sh
+from hf_softheads import repair
 from hf_softheads.heads import VQ, Dense, LowRankResidual, Quantized, TransformCoded
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.rounding import round_through
@@ -187,3 +188,12 @@ def test_orthograd_wraps_any_optimizer() -> None:
     assert torch.equal(
         again.state[weight]["momentum_buffer"], optimizer.state[weight]["momentum_buffer"]
     )
+
+
+def test_more_text_than_fits_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    patched = sh.patch(model(), head=VQ(codes=20))
+    states = rows()[:, 1:].numel()
+    monkeypatch.setattr(repair, "CACHE_BYTES", states * D * 4 // 3)
+    done = repair_head(patched, sh.dense_head(patched), rows(), steps=60, batch_size=64)
+    assert done.tokens == states  # each in just one part
+    assert done.last < done.first
