@@ -269,6 +269,10 @@ class Head(nn.Module):
         scale = None if self.transform is None else self.transform.scale
         return 1.0 if scale is None else scale
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out the tables, which are built again (and may be opaque to torch)."""
+        return {**self.__dict__, "_tables": {}}
+
     def _known_transform(self) -> LogitTransform:
         if self.transform is None:
             raise NotImplementedError(

@@ -16,7 +16,8 @@ class CompiledHead(RowsHead):
     """A `RowsHead` that a kernel scores straight from its codes, for few hidden states and without gradients.
 
     A variant names its `kernel` (a file of `kernels/`) and implements `compiled`. fp32 hidden states keep the plain
-    path unless `kernels` is "require": a kernel is nearer to fp32 than a bf16 product is, not equal to it.
+    path unless `kernels` is "require": a kernel is nearer to fp32 than a bf16 product is, not equal to it. Where one of
+    torch's own operators does the same (`native`), it needs no kernel.
     """
 
     kernel: str
@@ -25,21 +26,26 @@ class CompiledHead(RowsHead):
         """Scores `(B, V)` fp32 of `hidden (B, D)` in the order of the tokens, without the bias."""
         raise NotImplementedError
 
+    def native(self) -> str | None:
+        """Name of torch's own operator that `compiled` calls here, also where kernels are off; None for a kernel."""
+        return None
+
     def why_no_kernel(self) -> str | None:
         if self.weight.device.type not in ("cpu", "meta"):
             return "only on a CPU"
         return why_not(self.kernel)
 
     def kernel_or_reason(self, hidden: Tensor) -> str | None:
-        """Why the kernel does not score these hidden states; None if it does.
+        """Why neither the kernel nor `native` scores these hidden states; None if one does.
 
         Raises:
             KernelUnavailable: `kernels` is "require", but this machine or this head cannot.
         """
-        if self.kernels == "off":
-            return "switched off"
         if torch.compiler.is_compiling():
             return "not inside torch.compile"
+        native = self.native() is not None
+        if self.kernels == "off" and not native:
+            return "switched off"
         if hidden.dtype == torch.float32 and self.kernels != "require":
             reason: str | None = (
                 "only for bf16 and fp16 hidden states, fp32 ones are scored in fp32"
@@ -53,8 +59,8 @@ class CompiledHead(RowsHead):
         elif hidden.numel() > _STATES * self.in_features:
             reason = f"more than {_STATES} hidden states at once"
         else:
-            reason = self.why_no_kernel()
-        if self.kernels == "require" and (lacking := self.why_no_kernel()):
+            reason = None if native else self.why_no_kernel()
+        if self.kernels == "require" and not native and (lacking := self.why_no_kernel()):
             raise KernelUnavailable(
                 f"the kernel of this {self.kernel} head cannot be used: {lacking}"
             )
@@ -67,7 +73,8 @@ class CompiledHead(RowsHead):
             reason = self.kernel_or_reason(probe)
         if reason is not None:
             return f"torch ({reason})"
-        return f"C++, {instructions(self.kernel)} (few states, no gradients), else torch"
+        way = f"torch, {self.native()}" if self.native() else f"C++, {instructions(self.kernel)}"
+        return f"{way} (few states, no gradients), else torch"
 
     def scores(self, hidden: Tensor) -> Tensor:
         if self.kernel_or_reason(hidden) is not None:

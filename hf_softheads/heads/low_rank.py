@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.heads.dense import Dense
 from hf_softheads.heads.metric import principal_directions
-from hf_softheads.heads.rows import RowsHead
+from hf_softheads.heads.outer import OuterHead
+from hf_softheads.heads.rows import RowsHead, rate_by_size
 from hf_softheads.kmeans import require_finite
 
 if TYPE_CHECKING:
@@ -25,9 +28,14 @@ class LowRank(HeadSpec, name="low_rank"):
     With `HeadStats` the truncated SVD of `λ^{1/2} W Σ^{1/2}`, `Σ = E[h hᵀ]`, `λ_v = E[p_v(1-p_v)]`: least expected
     squared error of the logits (as in DRONE, Chen et al. 2021), rows weighted by what the softmax feels of them.
     Without statistics the plain truncated SVD, which is far worse.
+
+    Attributes:
+        rank: 1 to D.
+        inner: what stores the rows `(V, rank)`, any head: `LowRank(D // 4, Quantized(8))` is a fast screen.
     """
 
     rank: int
+    inner: HeadSpec = field(default_factory=Dense)
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -43,20 +51,45 @@ class LowRank(HeadSpec, name="low_rank"):
                 f"low_rank asked for rank {self.rank} of a ({vocab}, {dim}) matrix; "
                 f"1 to {min(dim, vocab)} are possible"
             )
+        self.inner.check(self.rank, vocab)
 
-    def module(self, dim: int, vocab: int, *, bias: bool = False) -> LowRankHead:
-        return LowRankHead(dim, vocab, self.rank, bias=bias)
+    def module(self, dim: int, vocab: int, *, bias: bool = False) -> LowRankHead | ProjectedHead:
+        if isinstance(self.inner, Dense):
+            return LowRankHead(dim, vocab, self.rank, bias=bias)
+        return ProjectedHead(dim, vocab, self.inner.module(self.rank, vocab, bias=bias))
 
     @torch.no_grad()
     def fit(
-        self, head: LowRankHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
+        self,
+        head: LowRankHead | ProjectedHead,
+        weight: Tensor,
+        bias: Tensor | None,
+        stats: HeadStats | None,
     ) -> None:
         require_finite(weight, "output rows")
         project, down = principal_directions(weight, stats, self.rank)
+        if isinstance(head, ProjectedHead):
+            head.weight.copy_(down)
+            seen = None if stats is None else projected(stats, head.weight.float())
+            self.inner.fit(head.inner_alike(), weight.float() @ project, bias, seen)
+            return
         head.weight.copy_(weight.float() @ project)
         head.down.copy_(down)
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias)
+
+
+def projected(stats: HeadStats, down: Tensor) -> HeadStats:
+    """The statistics of `down h`."""
+    down = down.to(stats.states.device)
+    wide = down.double()
+    return dataclasses.replace(
+        stats,
+        second_moment=wide @ stats.second_moment @ wide.T,
+        mean=wide @ stats.mean,
+        prob_weighted_mean=stats.prob_weighted_mean @ down.T,
+        states=stats.states @ down.T,
+    )
 
 
 class LowRankHead(RowsHead):
@@ -77,3 +110,69 @@ class LowRankHead(RowsHead):
     @property
     def flops(self) -> int:
         return 2 * (self.weight.numel() + self.down.numel())
+
+
+class ProjectedHead(OuterHead):
+    """`inner(weight h)`, `weight (rank, D)`; `inner` is a head of states of size rank."""
+
+    def __init__(self, dim: int, vocab: int, inner: Head):
+        super().__init__(dim, vocab, inner)
+        self.weight = nn.Parameter(torch.empty(inner.in_features, dim))
+
+    def inner_alike(self) -> Head:
+        """The inner head, which describes the same model: it gets the transform."""
+        self.inner.transform = self.transform
+        return self.inner
+
+    def prepare(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        return self.inner.scores(self.prepare(hidden))
+
+    def score(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        return self.inner.score(self.prepare(hidden), tokens)
+
+    def subset(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        return self.inner.subset(self.prepare(hidden), tokens)
+
+    def log_prob(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return self.inner_alike().log_prob(self.prepare(hidden), labels)
+
+    def logsumexp(self, hidden: Tensor) -> Tensor:
+        return self.inner_alike().logsumexp(self.prepare(hidden))
+
+    @torch.no_grad()
+    def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return self.inner_alike().topk(self.prepare(hidden), k)
+
+    @torch.no_grad()
+    def sample(
+        self, hidden: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        inner = self.inner_alike()
+        return inner.sample(self.prepare(hidden), temperature=temperature, generator=generator)
+
+    def repair_lr(self, parameter: Tensor) -> float:
+        return (
+            rate_by_size(parameter) if parameter is self.weight else self.inner.repair_lr(parameter)
+        )
+
+    @property
+    def code_lr(self) -> float:  # type: ignore[override]
+        return self.inner.code_lr
+
+    def thaw(self) -> list[Tensor]:
+        return self.inner.thaw()
+
+    def freeze(self) -> None:
+        self.inner.freeze()
+
+    def dense(self) -> tuple[Tensor, Tensor | None] | None:
+        found = self.inner.dense()
+        return None if found is None else (found[0] @ self.weight.float(), found[1])
+
+    def resize(self, vocab: int) -> ProjectedHead:
+        new = ProjectedHead(self.in_features, vocab, self.inner.resize(vocab))
+        new.transform, new.weight = self.transform, self.weight
+        return new

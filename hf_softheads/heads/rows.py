@@ -52,8 +52,7 @@ class RowsHead(Head):
         return scores if self.bias is None else scores + self.bias[where]
 
     def repair_lr(self, parameter: Tensor) -> float:
-        """A hundredth of the parameter's size: scales and offsets differ by orders of magnitude."""
-        return 0.01 * max(float(parameter.detach().float().square().mean().sqrt()), 1e-4)
+        return rate_by_size(parameter)
 
     def unpacked(self) -> Tensor | None:
         """All integer codes, `(V, …)`, in the order of the rows; None if repair cannot train them."""
@@ -190,3 +189,8 @@ class RowsHead(Head):
         if order is None:
             return None
         return self._derived("places", lambda: order.argsort().int(), order)
+
+
+def rate_by_size(parameter: Tensor) -> float:
+    """A hundredth of the parameter's size: scales and offsets differ by orders of magnitude."""
+    return 0.01 * max(float(parameter.detach().float().square().mean().sqrt()), 1e-4)

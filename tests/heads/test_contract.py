@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_softheads.heads  # noqa: F401 - registers the variants
-from hf_softheads.heads import base
+from hf_softheads.heads import LowRank, Quantized, base
 from hf_softheads.heads.base import Head, HeadSpec, LogitTransform
 from hf_softheads.registry import spec_from_dict, variants
 from tests.heads.conftest import Toy
 
 NAMES = sorted(variants("head"))
+COMPOSED: dict[str, HeadSpec] = {"low_rank in 8 bits": LowRank(8, Quantized(8))}
 TRANSFORMS = {
     "none": LogitTransform(),
     "scale": LogitTransform((("div", 1.5),)),
@@ -51,9 +52,11 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def middle(name: str, toy: Toy) -> HeadSpec:
-    ladder = specs(name, toy)
+@pytest.fixture(params=[*NAMES, *COMPOSED])
+def middle(request: pytest.FixtureRequest, toy: Toy) -> HeadSpec:
+    if request.param in COMPOSED:
+        return COMPOSED[request.param]
+    ladder = specs(request.param, toy)
     return ladder[len(ladder) // 2]
 
 

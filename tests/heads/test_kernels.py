@@ -62,7 +62,7 @@ def test_kernel_is_better_than_bf16(
 
 
 @needs_compiler
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_head_uses_it_for_decoding(bits: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(500, 64, generator=generator)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from hf_softheads.heads import LowRank, LowRankResidual, Quantized, ResidualVQ
+from hf_softheads.heads import LowRank, LowRankResidual, Quantized, ResidualVQ, Screened
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.residual_vq import _beam_search, _sum
 from tests.heads.conftest import Toy
@@ -43,6 +43,25 @@ def test_low_rank_minimises_the_weighted_logit_error(toy: Toy) -> None:
     assert kl(LowRank(rank=6), toy) < kl(LowRank(rank=6), toy, stats=False)
 
 
+def test_low_rank_rows_may_be_stored_compactly(toy: Toy) -> None:
+    bias = torch.linspace(-2, 2, 256)
+    heads = []
+    for spec in (LowRank(6), LowRank(6, Quantized(8))):
+        heads.append(spec.module(16, 256, bias=True))
+        spec.fit(heads[-1], toy.weight, bias, toy.stats)
+    plain, coded = heads
+    torch.testing.assert_close(coded(toy.hidden), plain(toy.hidden), rtol=0, atol=0.2)
+    tokens = torch.arange(12).view(2, 6)
+    mine = coded.score(toy.hidden[:2], tokens)
+    torch.testing.assert_close(mine, coded(toy.hidden[:2]).gather(1, tokens))
+    torch.testing.assert_close(
+        coded.subset(toy.hidden[:2], tokens[0]), coded(toy.hidden[:2])[:, :6]
+    )
+    matrix, offset = coded.dense()
+    torch.testing.assert_close(toy.hidden @ matrix.T + offset, coded(toy.hidden), rtol=0, atol=1e-4)
+    assert kl(LowRank(6, Quantized(2)), toy) < kl(LowRank(6, Quantized(2)), toy, stats=False)
+
+
 def test_both_parts_beat_either(toy: Toy) -> None:
     both = kl(LowRankResidual(rank=3, bits=2), toy)
     assert both < 0.7 * kl(Quantized(bits=2), toy)
@@ -74,6 +93,8 @@ def test_scores_equal_those_of_the_rebuilt_rows(toy: Toy) -> None:
     [
         LowRank(rank=0),
         LowRank(rank=17),
+        LowRank(4, Quantized(8, group=3)),
+        LowRank(4, Screened(LowRank(5), 8)),
         LowRankResidual(rank=0),
         LowRankResidual(group=5),
         ResidualVQ(stages=0),

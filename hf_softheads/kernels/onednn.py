@@ -1,0 +1,65 @@
+"""Products with rows of 8-bit codes by the integer product that torch's oneDNN brings: no compiler is needed.
+
+Hidden states are rounded to 15 bits and cut into two halves of 8, which are two rows of one matrix product: exact in
+integers, as in `integers.hpp`, and so nearer to fp32 than a bf16 product.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+def int8_packed(codes: Tensor) -> Tensor:
+    """Codes `(V, D)` uint8 in the order in which oneDNN reads them: an opaque copy of the same size."""
+    signed = (codes ^ 128).view(torch.int8)  # q - 128
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(signed, [1, codes.shape[1]])
+    return packed
+
+
+def int8_scores(hidden: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """`scale_v Σ_j (q_vj - 127.5) h_j`, `(B, V)` fp32.
+
+    Args:
+        hidden: `(B, D)` on the CPU; packed: what `int8_packed` made of q; scale: `(V,)` fp32.
+    """
+    states = hidden.float()
+    step = states.abs().amax(1, keepdim=True).clamp_min(1e-30) / 16256
+    rounded = (states / step).round_().int()
+    high = (rounded + 64) >> 7
+    halves = torch.cat([high, rounded - 128 * high])  # each from -127 to 127
+    scores = _product((halves + 128).to(torch.uint8), packed, scale)
+    upper, lower = scores.chunk(2)
+    half = rounded.sum(1) / 2  # q - 127.5 = (q - 128) + 1/2
+    return lower.add_(upper, alpha=128).addr_(half, scale).mul_(step)
+
+
+def _product(states: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    zeros = torch.zeros(len(scale), dtype=torch.int32)
+    found: Tensor = torch.ops.onednn.qlinear_pointwise(
+        states, 1.0, 128, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return found
+
+
+@functools.cache
+def why_no_int8() -> str | None:
+    """Why `int8_scores` cannot be used here, or is not exact or not fast; None if it can."""
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without oneDNN"
+    # Without these instructions sums of two products overflow 16 bits.
+    if not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
+        return "this processor has no integer products (VNNI)"
+    codes = torch.tensor([0, 255, 128, 1], dtype=torch.uint8).repeat_interleave(4).repeat(5, 16)
+    codes[1], codes[2] = 255, 0  # the largest sums there can be
+    halves = torch.tensor([[-127, 127, 127, -127]]).repeat(2, 64)
+    halves[1] = -127
+    try:
+        found = _product((halves + 128).to(torch.uint8), int8_packed(codes), torch.ones(5))
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return f"this torch has another integer product: {str(error).splitlines()[0]}"
+    if not torch.equal(found, (halves @ (codes.long() - 128).T).float()):
+        return "torch's integer product is not exact on this processor"
+    return None
