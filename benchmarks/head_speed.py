@@ -66,7 +66,10 @@ def build(spec: HeadSpec) -> Any:
                 buffer.copy_((fall - lower / 100).round().clamp(0, 8))
                 if max(p.stop for planes in head.planes() for p in planes) <= len(head.codes):
                     break
-    return head.bfloat16().requires_grad_(False)
+    head = head.bfloat16().requires_grad_(False)
+    # of the size of a language model's: exp(-100) is a subnormal number, ten times as slow
+    head.weight.mul_(2 / head(torch.randn(8, DIM).bfloat16()).float().std())
+    return head
 
 
 def screened(screen: Any, candidates: int, dense: nn.Linear) -> Any:
