@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
 
 _EXACT = ("dense", "quantized", "low_rank", "low_rank_residual", "product_vq", "residual_vq")
-_STATES = 2048  # hidden states that calibrate the tail
+STATES = 2048  # hidden states that calibrate the tail
 _NEWTON = 12
 
 
@@ -56,15 +56,17 @@ class Screened(HeadSpec, name="screened"):
     def check(self, dim: int, vocab: int) -> None:
         if not 1 <= self.candidates <= vocab:
             raise ValueError(
-                f"screened asked for {self.candidates} candidates; 1 to {vocab} are possible"
+                f"{self.name} asked for {self.candidates} candidates; 1 to {vocab} are possible"
             )
         if self.inner.name not in _EXACT:
             raise ValueError(
-                f"screened cannot read single rows of a {self.inner.name} head; its inner head can be "
+                f"{self.name} cannot read single rows of a {self.inner.name} head; its inner head can be "
                 f"{', '.join(_EXACT)}"
             )
-        if self.screen.name == self.name:
-            raise ValueError("the screen of a screened head cannot be screened itself")
+        if isinstance(self.screen, Screened):
+            raise ValueError(
+                f"the screen of a {self.name} head cannot be screened itself, it is {self.screen.name}"
+            )
         self.screen.check(dim, vocab)
         self.inner.check(dim, vocab)
 
@@ -81,7 +83,7 @@ class Screened(HeadSpec, name="screened"):
         self.screen.fit(head.screen, weight, bias, stats)
         head.weight.zero_()
         if stats is not None:
-            head.calibrate(stats.states[:_STATES].to(weight.device), weight, bias)
+            head.calibrate(stats.states[:STATES].to(weight.device), weight, bias)
 
 
 class ScreenedHead(Head):

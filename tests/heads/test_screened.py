@@ -7,6 +7,7 @@ import torch
 
 from hf_softheads.heads import (
     VQ,
+    Cascade,
     Dense,
     LowRank,
     ProductVQ,
@@ -125,3 +126,86 @@ def test_refuses_a_screen_of_screens() -> None:
 def test_checks_its_parts() -> None:
     with pytest.raises(ValueError, match="vq asked for 300 codes"):
         Screened(VQ(300), 8).check(16, 256)
+
+
+def cascade(toy: Toy, margin: float, inner: HeadSpec | None = None):  # type: ignore[no-untyped-def]
+    spec = Cascade(LowRank(4), 20, inner or Dense(), margin=margin)
+    spec.check(*toy.shape)
+    head = spec.module(*toy.shape)
+    spec.fit(head, toy.weight, None, toy.stats)
+    return head
+
+
+def rest_share(head: ScreenedHead, hidden: torch.Tensor) -> torch.Tensor:
+    """Probability of the tokens that are no candidates, by the definition."""
+    previews = head.screen(hidden).float() + head.weight
+    best = previews.topk(20).indices
+    mixed = previews.scatter(1, best, head.inner.score(hidden, best))
+    return mixed.softmax(-1).scatter(1, best, 0.0).sum(-1)
+
+
+@pytest.mark.parametrize("inner", [Dense(), Quantized(4)], ids=lambda s: s.name)
+@torch.no_grad()
+def test_states_that_lead_by_too_little_are_scored_by_all_rows(inner: HeadSpec, toy: Toy) -> None:
+    head = cascade(toy, 1.0, inner)
+    low = rest_share(head, toy.hidden) > 1 / (1 + torch.e)
+    assert 0.02 < low.float().mean() < 0.9
+    assert torch.equal(low, head.unsure(toy.hidden))
+    found = head(toy.hidden)
+    torch.testing.assert_close(
+        found[low], head.inner(toy.hidden[low]).float(), rtol=1e-4, atol=1e-3
+    )
+    plain = ScreenedHead(16, 256, 20, head.screen, head.inner)
+    plain.weight = head.weight
+    assert torch.equal(found[~low], plain(toy.hidden[~low]))
+    assert (found[low] - plain(toy.hidden[low])).abs().amax() > 0.1
+    one_by_one = torch.stack([head(h) for h in toy.hidden[:40]])
+    torch.testing.assert_close(one_by_one, found[:40], rtol=1e-4, atol=1e-4)
+
+
+def test_a_wider_margin_is_more_exact_and_reads_more(toy: Toy) -> None:
+    dense = (toy.hidden @ toy.weight.T).log_softmax(-1)
+    heads = [cascade(toy, margin) for margin in (0.0, 1.0, 3.0, 60.0)]
+    with torch.no_grad():
+        kls = [
+            float((dense.exp() * (dense - h(toy.hidden).log_softmax(-1))).sum(-1).mean())
+            for h in heads
+        ]
+    assert kls[0] > kls[1] > kls[2] > kls[3]
+    assert kls[3] < 1e-5
+    reads = [head.bytes_read for head in heads]
+    assert reads[0] < reads[1] < reads[2] < reads[3] <= heads[3].nbytes
+    for head in heads:
+        seen = head.unsure(toy.hidden).float().mean()
+        assert head.fallback == pytest.approx(float(seen), abs=0.05)
+        assert f"{head.fallback:.2%}" in head.notes()[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_cascade_falls_back_too(toy: Toy) -> None:
+    head = cascade(toy, 1.0)
+    hidden, labels = toy.hidden[:16], toy.labels[:16]
+    compiled = torch.compile(head.log_prob, backend="eager", fullgraph=True)
+    found, expected = compiled(hidden, labels), head.log_prob(hidden, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_statistics_all_rows_count(toy: Toy) -> None:
+    spec = Cascade(LowRank(4), 20)
+    head = spec.module(*toy.shape)
+    spec.fit(head, toy.weight, None, None)
+    assert head.fallback is None
+    assert head.bytes_read == head.screen.nbytes + head.inner.nbytes
+    assert "not known without statistics" in head.notes()[0]
+
+
+@pytest.mark.parametrize("margin", [-0.1, float("inf"), float("nan")])
+def test_refuses_an_impossible_margin(margin: float) -> None:
+    with pytest.raises(ValueError, match=f"asked for a margin of {margin} nats"):
+        Cascade(LowRank(4), 8, margin=margin).check(16, 256)
+
+
+@pytest.mark.parametrize("spec", [Screened, Cascade])
+def test_a_cascade_is_no_screen(spec: type[Screened]) -> None:
+    with pytest.raises(ValueError, match="cannot be screened itself, it is cascade"):
+        spec(Cascade(LowRank(4), 8), 8).check(16, 256)

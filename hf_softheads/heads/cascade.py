@@ -1,0 +1,154 @@
+"""A screened head that scores a hidden state by all exact rows where its candidates lead by too little."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.low_rank import LowRank
+from hf_softheads.heads.screened import STATES, Screened, ScreenedHead
+
+if TYPE_CHECKING:
+    from hf_softheads.stats import HeadStats
+
+
+@dataclass(frozen=True)
+class Cascade(Screened, name="cascade"):
+    """`screened` where `log Σ_candidates exp z - log Σ_rest exp z ≥ margin`, else `z_v = inner_v(h)` for all tokens.
+
+    The rest is weighed by its previews plus `weight`, in nats of the model's distribution: at a margin of m it may hold
+    `1 / (1 + exp m)` of the probability, 27 % at 1, 5 % at 3. That finds wrong greedy tokens and divergence better than
+    the lead over the best preview of the rest, which is large wherever there are many candidates. Only the states that
+    lead by less read all rows, whatever the batch; their own best rows are summed in fp32 too. Inside `torch.compile`,
+    where shapes may not depend on data, all rows are read for every state, with the same result.
+
+    With `HeadStats`, `fallback` is the share of their hidden states that leads by less, a part of `bytes_read`, and
+    `weight` is calibrated on the others.
+
+    Attributes:
+        margin: nats, at least 0; more is more exact and reads more.
+    """
+
+    margin: float = 1.0
+
+    @classmethod
+    def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
+        return [
+            cls(LowRank(max(1, dim // part)), max(1, vocab // 8), margin=0.0) for part in (8, 4, 2)
+        ]
+
+    def check(self, dim: int, vocab: int) -> None:
+        if not 0 <= self.margin < math.inf:
+            raise ValueError(
+                f"cascade asked for a margin of {self.margin} nats; a finite number of at least 0 is possible"
+            )
+        super().check(dim, vocab)
+
+    def module(self, dim: int, vocab: int, *, bias: bool = False) -> CascadeHead:
+        screen = self.screen.module(dim, vocab, bias=bias)
+        inner = self.inner.module(dim, vocab, bias=bias)
+        return CascadeHead(dim, vocab, self.candidates, screen, inner, self.margin)
+
+    @torch.no_grad()
+    def fit(
+        self, head: ScreenedHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
+    ) -> None:
+        super().fit(head, weight, bias, stats)
+        if stats is None or not isinstance(head, CascadeHead):
+            return
+        states = stats.states[:STATES].to(weight.device)
+        sure = ~head.unsure(states)
+        if bool(sure.any()):
+            head.calibrate(states[sure], weight, bias)
+        fresh = stats.states[STATES:] if len(stats.states) > STATES else stats.states
+        share = head.unsure(fresh[:STATES].to(weight.device)).float().mean()
+        head.millionths.fill_(round(1e6 * float(share)))
+
+
+class CascadeHead(ScreenedHead):
+    """A `ScreenedHead`; `millionths (1,)` is the share of hidden states that fall back, -1 if not known."""
+
+    def __init__(self, dim, vocab, candidates, screen, inner, margin):  # type: ignore[no-untyped-def]
+        super().__init__(dim, vocab, candidates, screen, inner)
+        self.margin = margin
+        self.millionths: Tensor
+        self.register_buffer("millionths", torch.full((1,), -1, dtype=torch.int32))
+
+    @property
+    def fallback(self) -> float | None:
+        """Share of the statistics' hidden states that are scored by all rows."""
+        return None if int(self.millionths) < 0 else int(self.millionths) / 1e6
+
+    @torch.no_grad()
+    def unsure(self, hidden: Tensor) -> Tensor:
+        """Which hidden states `(…, D)` are scored by all rows, `(…)` bool."""
+        return self._in_chunks(lambda h: self._preview(h, 0)[-1], hidden, width=self._width)
+
+    def _preview(self, hidden: Tensor, more: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Shifted previews; the best of them and `more`; their tokens; exact scores of the best; which are unsure."""
+        transform = self.transform or (lambda z: z)
+        previews = self.screen.scores(hidden).float() + self.weight
+        count = min(self.candidates + more, self.out_features)
+        best, tokens = previews.detach().topk(count, -1)
+        first = tokens[..., : self.candidates]
+        exact = self.inner.score(hidden, first)
+        rest = transform(previews.detach()).scatter(-1, first, -torch.inf).logsumexp(-1)
+        lead = transform(exact.detach()).logsumexp(-1) - rest
+        return previews, best, tokens, exact, lead < self.margin
+
+    def _mixed(self, hidden: Tensor) -> Tensor:
+        previews, _, tokens, exact, unsure = self._preview(hidden, 0)
+        return self._settle(hidden, unsure, previews.scatter(-1, tokens, exact), self._whole)
+
+    def _settle(
+        self, hidden: Tensor, unsure: Tensor, found: Tensor, whole: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """`found (N, …)` with `whole(hidden)` in the rows that are `unsure (N,)`."""
+        if torch.compiler.is_compiling():
+            return torch.where(unsure.unsqueeze(-1), whole(hidden), found)
+        rows = unsure.nonzero().squeeze(-1)
+        return found if not len(rows) else found.index_copy(0, rows, whole(hidden[rows]))
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """Scores by all exact rows, the best once more with sums in fp32."""
+        scores = self.inner.scores(hidden).float()
+        tokens = scores.detach().topk(self.candidates, -1).indices
+        return scores.scatter(-1, tokens, self.inner.score(hidden, tokens))
+
+    @torch.no_grad()
+    def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        transform = self._known_transform()
+
+        def pair(values: Tensor, tokens: Tensor) -> Tensor:
+            return torch.cat([values.double(), tokens.double()], -1)
+
+        def whole(h: Tensor) -> Tensor:
+            return pair(*transform(self._whole(h)).topk(k, -1))
+
+        def chunk(h: Tensor) -> Tensor:
+            _, best, tokens, exact, unsure = self._preview(h, k)
+            mixed = torch.cat([exact, best[..., self.candidates :]], -1)
+            most, place = transform(mixed).topk(k, -1)
+            return self._settle(h, unsure, pair(most, tokens.gather(-1, place)), whole)
+
+        both = self._in_chunks(chunk, hidden, width=self._width)
+        return both[..., :k].float(), both[..., k:].long()
+
+    @property
+    def bytes_read(self) -> int:
+        share = 1.0 if self.fallback is None else self.fallback
+        spared = self.inner.nbytes * (1 - self.candidates / self.out_features)
+        return super().bytes_read + int(share * spared)
+
+    def notes(self) -> list[str]:
+        if self.fallback is None:
+            found = "how many fall back is not known without statistics, so all are counted"
+        else:
+            found = f"{self.fallback:.2%} of the states in the statistics fall back to all rows"
+        return [f"{found} (lead under {self.margin:g} nats)", *super().notes()]
