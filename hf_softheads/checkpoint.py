@@ -22,6 +22,7 @@ from transformers.quantizers.auto import AutoHfQuantizer, register_quantizer
 from hf_softheads import bridge, cards
 from hf_softheads.config import METHOD, SoftheadsConfig
 from hf_softheads.heads.base import Head
+from hf_softheads.heads.softpool import ClassifierSpec
 from hf_softheads.results import write_json
 from hf_softheads.tables import human_bytes
 
@@ -97,7 +98,13 @@ class SoftheadsQuantizer(HfQuantizer):
 
         plan: SoftheadsConfig = self.quantization_config
         in_fp32: set[str] = set()
-        if plan.head is not None and model.get_output_embeddings() is not None:
+        if isinstance(plan.head, ClassifierSpec):
+            if type(model).__name__.endswith("ForSequenceClassification"):
+                with torch.device("meta"):
+                    classifier = patching.build_classifier(model, plan.head)
+                patching.cast(classifier, model.dtype)
+                patching.install_classifier(model, classifier)
+        elif plan.head is not None and model.get_output_embeddings() is not None:
             path, dense = bridge.find_head(model)
             vocab, dim = dense.weight.shape
             dtype: torch.dtype = dense.weight.dtype
@@ -128,7 +135,7 @@ class SoftheadsQuantizer(HfQuantizer):
         if self.patched:
             bridge.adopt(model)
             head = bridge.active_head(model)
-            if plan.head is not None and head is not None:
+            if isinstance(head, Head):
                 head.transform = bridge.logit_transform(model)
             mark(model, plan)
         else:
@@ -205,10 +212,7 @@ def export(
         OSError: the place is not writable, or has too little room; nothing stays behind.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"{folder} exists and is not empty; choose another folder or remove it"
-        )
+    refuse_existing(folder)
     needed = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     fresh = folder.with_name(folder.name + ".writing")
     if fresh.exists():
@@ -241,6 +245,14 @@ def export(
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     return folder
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise FileExistsError if `folder` holds anything; for long work to ask before it starts."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} exists and is not empty; choose another folder or remove it"
+        )
 
 
 def check_files(files: Iterable[str | Path]) -> None:

@@ -78,7 +78,7 @@ def choose(
     weight: Tensor = dense.weight.detach()
     bias: Tensor | None = getattr(dense, "bias", None)
     vocab, dim = weight.shape
-    stats.check(dim, vocab)
+    stats.check(dim, vocab, least=_NEEDED)
     if (bits is None) == (nbytes is None):
         raise ValueError("give one budget: bits=… per weight, or nbytes=…")
     budget = float(bits) if bits is not None else 8 * float(nbytes or 0) / weight.numel()
@@ -86,10 +86,6 @@ def choose(
     if count < 1:
         raise ValueError(
             f"the statistics hold {len(stats.states)} hidden states; at least 4 needed"
-        )
-    if stats.tokens < _NEEDED:
-        tqdm.write(
-            f"these statistics saw {stats.tokens} tokens; a choice needs about {_NEEDED} to be dependable"
         )
     held_out = stats.states[:count].to(weight.device)
     fitting = replace(stats, states=stats.states[count:], labels=stats.labels[count:])

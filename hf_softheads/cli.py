@@ -13,6 +13,8 @@ from typing import Any
 from hf_softheads.registry import did_you_mean, variants
 from hf_softheads.tables import Table
 
+KINDS = ("head", "classifier", "attention", "loss")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run; 0 when it worked, 2 with one line of reason when it could not be done."""
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     listing = commands.add_parser("list", help="every variant, its fields and defaults")
-    listing.add_argument("kind", nargs="?", choices=("head", "attention", "loss"))
+    listing.add_argument("kind", nargs="?", choices=KINDS)
     listing.set_defaults(run=_list)
 
     patching = commands.add_parser("patch", help="patch a model and save it as safetensors")
@@ -64,6 +66,27 @@ def _parser() -> argparse.ArgumentParser:
     patching.add_argument("--tokens", type=int, default=500_000, help="of that text, at most")
     patching.add_argument("--output", type=Path, required=True)
     patching.set_defaults(run=_patch)
+
+    choosing = commands.add_parser(
+        "choose", help="the head that loses least within a budget, and the table of those tried"
+    )
+    _add_model(choosing)
+    budget = choosing.add_mutually_exclusive_group(required=True)
+    budget.add_argument(
+        "--bits", type=float, help="a weight of the dense head, everything included"
+    )
+    budget.add_argument("--bytes", type=float, metavar="BYTES", help="in all")
+    choosing.add_argument(
+        "--calibrate",
+        metavar="DATA",
+        default="stdlib",
+        help="text to fit and to judge on: a file, or 'stdlib'",
+    )
+    choosing.add_argument("--tokens", type=int, default=131_072, help="of that text, at most")
+    choosing.add_argument(
+        "--output", type=Path, help="patch the model with it and save it as safetensors"
+    )
+    choosing.set_defaults(run=_choose)
 
     evaluating = commands.add_parser("eval", help="strict perplexity, KL and agreement on text")
     _add_model(evaluating)
@@ -117,7 +140,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _list(arguments: argparse.Namespace) -> None:
     import hf_softheads  # noqa: F401 - registers every variant
 
-    for kind in [arguments.kind] if arguments.kind else ("head", "attention", "loss"):
+    for kind in [arguments.kind] if arguments.kind else KINDS:
         table = Table([kind, "fields", "what it is"])
         for name, cls in variants(kind).items():
             fields = ", ".join(_field(f) for f in dataclasses.fields(cls))
@@ -133,7 +156,7 @@ def _field(field: dataclasses.Field[Any]) -> str:
 
 def _patch(arguments: argparse.Namespace) -> None:
     import hf_softheads as sh
-    from hf_softheads.checkpoint import export
+    from hf_softheads.checkpoint import refuse_existing
 
     chosen = {kind: getattr(arguments, kind) for kind in ("head", "attention")}
     plan: dict[str, Any] = {kind: {"name": name} for kind, name in chosen.items() if name}
@@ -146,14 +169,42 @@ def _patch(arguments: argparse.Namespace) -> None:
     if arguments.layers is not None:
         layers = arguments.layers.split(",")
     config = sh.SoftheadsConfig(**plan, layers=layers)  # before anything is loaded
+    refuse_existing(arguments.output)
     model, tokenizer = _load(arguments.model, arguments.dtype)
-    stats = None
-    if arguments.calibrate:
-        text = _text(arguments.calibrate, "train")
-        rows = sh.data.windows(text, tokenizer, window=_window(model))
-        stats = sh.collect(model, rows.head(arguments.tokens))
+    stats = _calibrated(model, tokenizer, arguments) if arguments.calibrate else None
     sh.patch(model, config.head, config.attention, config.layers, stats=stats)
     print(sh.describe(model))
+    _save(model, tokenizer, arguments)
+
+
+def _choose(arguments: argparse.Namespace) -> None:
+    import hf_softheads as sh
+    from hf_softheads.checkpoint import refuse_existing
+
+    if arguments.output is not None:
+        refuse_existing(arguments.output)
+    model, tokenizer = _load(arguments.model, arguments.dtype)
+    stats = _calibrated(model, tokenizer, arguments)
+    choice = sh.choose(model, stats, bits=arguments.bits, nbytes=arguments.bytes)
+    print(choice)
+    print(f"best: {json.dumps(choice.spec.to_dict())}")
+    if arguments.output is not None:
+        print(sh.describe(sh.patch(model, head=choice.spec, stats=stats)))
+        _save(model, tokenizer, arguments)
+
+
+def _calibrated(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Any:
+    import hf_softheads as sh
+
+    text = _text(arguments.calibrate, "train")
+    rows = sh.data.windows(text, tokenizer, window=_window(model))
+    return sh.collect(model, rows.shuffled(0).head(arguments.tokens))
+
+
+def _save(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
+    import hf_softheads as sh
+    from hf_softheads.checkpoint import export
+
     results = {"base_model": arguments.model, "provenance": sh.provenance()}
     print(f"saved to {export(model, arguments.output, tokenizer, results)}")
 

@@ -10,7 +10,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_softheads.attention.base import AttentionSpec
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.registry import did_you_mean, spec_from_dict
+from hf_softheads.heads.softpool import ClassifierSpec
+from hf_softheads.registry import did_you_mean, spec_from_dict, variants
 
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
@@ -29,7 +30,7 @@ class SoftheadsConfig(QuantizationConfigMixin):
     is a "quantization" config. Nothing need be quantized.
 
     Args:
-        head: a head variant, `{"name": …, field: …}` or a name.
+        head: a head variant, `{"name": …, field: …}` or a name; for a sequence classifier `softpool`.
         attention: the same for attention; or `{layer: variant}` for different variants in different layers.
         layers: which layers get `attention`; default all. Negative indices count from the end.
         inner: the configuration of a real quantizer of the backbone, which runs first.
@@ -38,7 +39,7 @@ class SoftheadsConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        head: HeadSpec | Mapping[str, Any] | str | None = None,
+        head: HeadSpec | ClassifierSpec | Mapping[str, Any] | str | None = None,
         attention: AttentionSpec | Mapping[Any, Any] | str | None = None,
         layers: Sequence[int] | None = None,
         inner: Mapping[str, Any] | None = None,
@@ -58,7 +59,7 @@ class SoftheadsConfig(QuantizationConfigMixin):
                 f"SoftheadsConfig has no field {sorted(unknown)[0]!r}; {did_you_mean(min(unknown), valid)}"
             )
         self.quant_method = METHOD
-        self.head: HeadSpec | None = None if head is None else spec_from_dict("head", head)
+        self.head: HeadSpec | ClassifierSpec | None = None if head is None else _head(head)
         self.attention = None if attention is None else _attention_plan(attention)
         self.layers = None if layers is None else [_layer_index(i) for i in layers]
         if self.layers is not None and not isinstance(self.attention, AttentionSpec):
@@ -123,6 +124,12 @@ class SoftheadsConfig(QuantizationConfigMixin):
                 f"no layer selected; choose from 0 to {count - 1}, or leave layers out for all"
             )
         return {layer % count: spec for layer, spec in wanted.items()}
+
+
+def _head(data: Any) -> Any:
+    name = data.get("name") if isinstance(data, Mapping) else getattr(data, "name", data)
+    classifies = isinstance(name, str) and name in variants("classifier")
+    return spec_from_dict("classifier" if classifies else "head", data)
 
 
 def _attention_plan(attention: Any) -> AttentionPlan:

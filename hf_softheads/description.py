@@ -9,9 +9,10 @@ from torch import nn
 
 from hf_softheads import bridge, checkpoint
 from hf_softheads.attention import flex
-from hf_softheads.attention.base import AttentionSpec, AttentionVariant
-from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.attention.base import AttentionVariant
+from hf_softheads.heads.base import Head
 from hf_softheads.patching import base_model, original_of
+from hf_softheads.registry import Spec
 from hf_softheads.tables import Table, human_bytes
 
 
@@ -50,6 +51,16 @@ def describe(model: nn.Module) -> Description:
             )
         if original_of(base).tied:
             notes.append("the input embedding was tied to the head and is now a copy of its own")
+    classifier = bridge.active_classifier(base)
+    if classifier is not None and plan is not None and plan.head is not None:
+        own = [p for n, p in classifier.named_parameters() if not n.startswith("inner.")]
+        table.add(
+            bridge.find_classifier(base)[0],
+            _short(plan.head),
+            f"{sum(p.numel() for p in own):,}",
+            human_bytes(sum(p.numel() * p.element_size() for p in own)),
+            "torch",
+        )
     layers = bridge.attention_layers(base)
     for path, module in layers.values():
         variant = getattr(module, bridge.CHILD, None)
@@ -68,7 +79,7 @@ def describe(model: nn.Module) -> Description:
     return Description(table, notes)
 
 
-def _short(spec: HeadSpec | AttentionSpec) -> str:
+def _short(spec: Spec) -> str:
     # `name(field=value, …)` with the fields that differ from their default
     set_here = [f for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default]
     return f"{spec.name}({', '.join(f'{f.name}={getattr(spec, f.name)}' for f in set_here)})"

@@ -15,6 +15,7 @@ from hf_softheads.attention import native
 from hf_softheads.attention.base import AttentionSpec, AttentionVariant
 from hf_softheads.config import SoftheadsConfig
 from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.heads.softpool import ClassifierSpec, PooledClassifier
 from hf_softheads.kernels import KernelUnavailable
 from hf_softheads.probing import probe
 from hf_softheads.registry import did_you_mean
@@ -38,7 +39,7 @@ class Original:
 
 def patch(
     model: M,
-    head: HeadSpec | Mapping[str, Any] | str | None = None,
+    head: HeadSpec | ClassifierSpec | Mapping[str, Any] | str | None = None,
     attention: AttentionSpec | Mapping[Any, Any] | str | None = None,
     layers: Sequence[int] | None = None,
     *,
@@ -52,7 +53,7 @@ def patch(
 
     Args:
         model: a transformers model (or a PEFT model around one), with its weights loaded.
-        head: a head variant such as `heads.VQ(codes=4096)`.
+        head: a head variant such as `heads.VQ(codes=4096)`; for a sequence classifier `heads.SoftPool()`.
         attention: an attention variant such as `attention.SSMax()`, or `{layer: variant}`.
         layers: the layers that get `attention`; default all.
         stats: what `collect` found, for fits that use it.
@@ -80,14 +81,21 @@ def patch(
                 f"this model's {part} is already patched with {there}; call hf_softheads.unpatch(model) first, or "
                 "load the original model"
             )
-    new_head = None if plan.head is None else _fitted_head(base, plan.head, stats, kernels)
+    new_head: Head | PooledClassifier | None = None
+    if isinstance(plan.head, ClassifierSpec):
+        new_head = _pooled_classifier(base, plan.head, kernels)
+    elif plan.head is not None:
+        new_head = _fitted_head(base, plan.head, stats, kernels)
     variants = _fresh_variants(base, plan, kernels)
     original = original_of(base)
     before = _remember(base, original)
     try:
         if new_head is not None:
-            original.head = base.get_output_embeddings()
-            install_head(base, new_head)
+            if isinstance(new_head, Head):
+                original.head = base.get_output_embeddings()
+                install_head(base, new_head)
+            else:
+                install_classifier(base, new_head)
         if variants:
             original.attention = base.config._attn_implementation
             install_attention(base, variants)
@@ -118,7 +126,7 @@ def unpatch(model: M) -> M:
     original = base.__dict__.get("_softheads_original")
     if plan is None:
         raise ValueError("this model is not patched")
-    if plan.head is not None and (original is None or original.head is None):
+    if isinstance(plan.head, HeadSpec) and (original is None or original.head is None):
         raise ValueError(
             "the dense head is no longer there: this model was loaded from a patched checkpoint; load the original one"
         )
@@ -161,6 +169,25 @@ def install_head(model: PreTrainedModel, head: Head) -> None:
             for target, source in tied.items()
             if not (target.startswith(f"{path}.") or source.startswith(f"{path}."))
         }
+
+
+def install_classifier(model: PreTrainedModel, classifier: PooledClassifier) -> None:
+    """Put a pooling classifier around a sequence classifier's last module."""
+    name, _ = bridge.find_classifier(model)
+    bridge.adopt(model)
+    setattr(model, name, classifier)
+
+
+def build_classifier(model: PreTrainedModel, spec: ClassifierSpec) -> PooledClassifier:
+    """A fresh module around the model's own.
+
+    Raises:
+        ValueError: the model is no sequence classifier, or the spec does not suit it.
+    """
+    _, inner = bridge.find_classifier(model)
+    dim, labels = bridge.text_config(model).hidden_size, model.config.num_labels
+    spec.check(dim, labels)
+    return spec.module(dim, labels, inner)
 
 
 def install_attention(model: PreTrainedModel, variants: dict[int, AttentionVariant]) -> None:
@@ -258,7 +285,24 @@ def _fitted_head(
     return head
 
 
-def cast(head: Head, dtype: torch.dtype) -> None:
+def _pooled_classifier(
+    model: PreTrainedModel, spec: ClassifierSpec, kernels: Mode
+) -> PooledClassifier:
+    classifier = build_classifier(model, spec)
+    if kernels == "require":
+        _require(f"classifier {spec.name}", "there is none for this variant")
+    like = next(classifier.inner.parameters())
+    if like.device.type == "meta":
+        raise ValueError(
+            "the classifier is not in memory (meta device or offloaded); patch the model before offloading"
+        )
+    classifier.reset_parameters()
+    for parameter in (classifier.query, classifier.sharpness, classifier.weight):
+        parameter.data = parameter.data.to(like)
+    return classifier.train(classifier.inner.training)
+
+
+def cast(head: Head | PooledClassifier, dtype: torch.dtype) -> None:
     """Parameters to `dtype`, but for those that the head keeps in fp32."""
     for name, parameter in head.named_parameters():
         if parameter.is_floating_point():
@@ -312,6 +356,8 @@ def _restore(
             module._modules.pop(bridge.CHILD, None)
             bridge.forget_hidden(module)
         model.set_attn_implementation(original.attention)
+    if head and (classifier := bridge.active_classifier(model)) is not None:
+        setattr(model, bridge.find_classifier(model)[0], classifier.inner)
     if head and original.head is not None:
         model.set_output_embeddings(original.head)
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():

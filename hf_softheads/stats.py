@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hf_softheads.heads.base import Head
 FORMAT = 1
 _SMOOTHING = 0.1  # ε of p̃ in the curvature
 _CHUNK_ELEMENTS = 2**24  # probabilities held at once
+TOKENS_PER_DIM = 16  # below which a fit in the metric of the hidden states is doubtful
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,19 @@ class HeadStats:
         """`E[(h - E h)(h - E h)ᵀ]`, `(D, D)` float64."""
         return self.second_moment - torch.outer(self.mean, self.mean)
 
-    def check(self, dim: int, vocab: int) -> None:
-        """Raise ValueError unless these statistics fit a head `(vocab, dim)`."""
+    def check(self, dim: int, vocab: int, least: int = 0) -> None:
+        """Raise ValueError unless these statistics fit a head `(vocab, dim)`; warn if they saw too few tokens, or less
+        than `least`."""
         if (self.dim, self.vocab) != (dim, vocab):
             raise ValueError(
                 f"these statistics are of a model with hidden size {self.dim} and {self.vocab} tokens, the head "
                 f"has hidden size {dim} and {vocab} tokens; run sh.collect on this model"
+            )
+        if self.tokens < (needed := max(least, TOKENS_PER_DIM * dim)):
+            warnings.warn(
+                f"these statistics saw {self.tokens:,} tokens; to be dependable for hidden states of size {dim} "
+                f"they need about {needed:,}: run sh.collect on more text",
+                stacklevel=3,
             )
 
     def save(self, path: str | Path) -> None:

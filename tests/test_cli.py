@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_softheads import embedded
+from hf_softheads import embedded, heads
 from hf_softheads.cli import main
+from hf_softheads.registry import spec_from_dict
 
 TEXT = "def add(a, b):\n    return a + b\n\n" * 200
 
@@ -70,11 +72,30 @@ def test_patch_with_calibration_and_layers(text, tmp_path, capsys):
     out = tmp_path / "out"
     command = f"patch embedded --attention ssmax --layers 0,-1 --calibrate {text} --output {out}"
     options = ["--head", "vq", "--set", "head.codes=64", "--set", "head.bias=prior"]
-    assert main([*command.split(), *options]) == 0
+    with pytest.warns(UserWarning, match=r"they need about 3,072: run sh.collect on more text"):
+        assert main([*command.split(), *options]) == 0
     printed = capsys.readouterr().out
     assert "floor" in printed
     assert "model.layers.3.self_attn" in printed
     assert "model.layers.1.self_attn" not in printed
+
+
+def test_choose_prints_its_table_and_saves_the_best(text, tmp_path, capsys, monkeypatch):
+    few = {"vq": heads.VQ, "quantized": heads.Quantized}
+    monkeypatch.setattr(import_module("hf_softheads.choose"), "variants", lambda kind: few)
+    out = tmp_path / "chosen"
+    command = ["choose", "embedded", "--bits", "5", "--calibrate", str(text), "--output", str(out)]
+    with pytest.warns(UserWarning, match=r"they need about (8,192|3,072)"):
+        assert main(command) == 0
+    printed = capsys.readouterr().out
+    best = json.loads(printed.partition("best: ")[2].partition("\n")[0])
+    table = printed.splitlines()
+    assert str(spec_from_dict("head", best)) in table[1]
+    losses = [float(line.split()[1]) for line in table[1:3]]
+    assert losses == sorted(losses)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.quantization_config.head.to_dict() == best
+    assert "is not empty" in fails(capsys, *command)
 
 
 def test_eval(exported, text, capsys):
@@ -113,6 +134,7 @@ def test_card(exported, tmp_path, capsys):
         ("patch embedded --attention ssmax --layers a --output out", "a layer is an integer"),
         ("patch embedded --output out", "nothing to do"),
         ("patch no/such/folder --head dense --output out", "cannot load 'no/such/folder'"),
+        ("choose embedded --bits 0.001 --tokens 9000", "no head fits into 0.001 bits"),
         ("eval embedded --data nothing.txt", "no such text file: nothing.txt"),
         ("card .", "no results to put on the card"),
     ],

@@ -174,7 +174,8 @@ def test_describe_prints_the_floor(model, tokens):
     assert "equally frequent: 4.00" in str(sh.describe(model))  # 96 tokens in 24 codes
     sh.unpatch(model)
     stats = sh.collect(model, tokens.repeat(4, 1), window=12)
-    sh.patch(model, head=sh.heads.VQ(codes=24), stats=stats)
+    with pytest.warns(UserWarning, match="they need about 512"):
+        sh.patch(model, head=sh.heads.VQ(codes=24), stats=stats)
     text = str(sh.describe(model))
     assert "vq(codes=24)" in text
     assert "25.00% of dense" in text

@@ -10,14 +10,21 @@ import hf_softheads as sh
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.registry import spec_from_dict, variants
 
-EVERY = [(kind, name) for kind in ("head", "attention", "loss") for name in variants(kind)]
+EVERY = [
+    (kind, name) for kind in ("head", "classifier", "attention", "loss") for name in variants(kind)
+]
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_variant_is_named_after_its_file_and_exported(kind, name):
     cls = variants(kind)[name]
     assert cls.__module__.rpartition(".")[2] == name
-    package = {"head": sh.heads, "attention": sh.attention, "loss": sh.losses}[kind]
+    package = {
+        "head": sh.heads,
+        "classifier": sh.heads,
+        "attention": sh.attention,
+        "loss": sh.losses,
+    }[kind]
     assert getattr(package, cls.__name__) is cls
     assert cls.__name__ in package.__all__
     assert len((cls.__doc__ or "").strip()) > 40

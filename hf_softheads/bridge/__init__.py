@@ -1,8 +1,9 @@
 """The only package that knows the inside of transformers.
 
 `attention`: the registered implementation, its mask, the layers. `hidden`: the layer's input and its cache. `heads`:
-the output embedding, hidden states, what a family does to its logits. `adoption`: the class of a patched model, and the
-loss inside its head. Nothing is assigned into a transformers class.
+the output embedding, hidden states, what a family does to its logits. `classifiers`: the last module of a sequence
+classifier. `adoption`: the class of a patched model, and the loss inside its head. Nothing is assigned into a
+transformers class.
 """
 
 from hf_softheads.bridge.adoption import Adopted, adopt, disown
@@ -15,6 +16,7 @@ from hf_softheads.bridge.attention import (
     take_sinks,
     visible,
 )
+from hf_softheads.bridge.classifiers import active_classifier, find_classifier
 from hf_softheads.bridge.heads import (
     Function,
     Reader,
@@ -36,6 +38,7 @@ __all__ = [
     "Adopted",
     "Function",
     "Reader",
+    "active_classifier",
     "active_head",
     "adopt",
     "attention_forward",
@@ -44,6 +47,7 @@ __all__ = [
     "check_transform",
     "check_values",
     "disown",
+    "find_classifier",
     "find_head",
     "forget_hidden",
     "geometry",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,11 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_softheads.attention.base import AttentionVariant
 from hf_softheads.bridge.attention import IMPLEMENTATION, showing
+from hf_softheads.bridge.classifiers import active_classifier, pooling
 from hf_softheads.bridge.heads import active_head
 from hf_softheads.bridge.hidden import CHILD
 from hf_softheads.heads.base import Head
+from hf_softheads.heads.softpool import PooledClassifier
 
 
 class Adopted(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -23,7 +26,7 @@ class Adopted(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
     _adopted_outer: bool
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Head | AttentionVariant):
+        if isinstance(module, Head | AttentionVariant | PooledClassifier):
             module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -109,9 +112,14 @@ def _fused_forward(original: Any) -> Any:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get("output_attentions"):
+        classifies = active_classifier(self) is not None
+        if not classifies and not kwargs.get("output_attentions"):
             return without_maps(self, *args, **kwargs)
-        with showing(self):
+        with contextlib.ExitStack() as stack:
+            if classifies:
+                stack.enter_context(pooling(self))
+            if kwargs.get("output_attentions"):
+                stack.enter_context(showing(self))
             return without_maps(self, *args, **kwargs)
 
     def without_maps(self: Any, *args: Any, **kwargs: Any) -> Any:
