@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_softheads.heads.checks import checked
 from hf_softheads.registry import Spec
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ class LogitTransform:
 @dataclass(frozen=True)
 class HeadSpec(Spec, kind="head"):
     """A head variant: hyper-parameters, how to build the module and how to fit it to the trained matrix."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "fit" in cls.__dict__:
+            cls.fit = checked(cls.fit)  # type: ignore[method-assign]
 
     def check(self, dim: int, vocab: int) -> None:
         """Raise ValueError if the fields make no sense for a matrix `(vocab, dim)`."""

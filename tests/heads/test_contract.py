@@ -244,3 +244,18 @@ def test_sizes_are_stated(middle: HeadSpec, toy: Toy) -> None:
     assert 0 < head.n_parameters == sum(p.numel() for p in head.parameters())
     assert head.flops > 0
     assert all(isinstance(line, str) for line in head.notes())
+
+
+def test_refuses_to_fit_what_it_did_not_build(name: str, toy: Toy) -> None:
+    dim, vocab = toy.shape
+    spec = specs(name, toy)[0]
+    other = (LowRank(2) if name == "quantized" else Quantized(4)).module(dim, vocab)
+    before = {n: t.clone() for n, t in other.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=rf"not this {type(other).__name__}.*spec\.module\({dim}, "
+    ):
+        spec.fit(other, toy.weight, None, toy.stats)
+    torch.testing.assert_close(dict(other.state_dict()), before)
+    larger = spec.module(dim, vocab + 1)
+    with pytest.raises(ValueError, match=r"they differ in .*size"):
+        spec.fit(larger, toy.weight, None, toy.stats)
