@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec, index_dtype
+from hf_softheads.heads.fitting import linear_log_mass
 from hf_softheads.heads.metric import principal_directions
 from hf_softheads.kmeans import require_finite
 
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
 
-_RIDGE = 1e-3
 _STATES = 4096  # hidden states that the cluster rows are fitted to
 
 
@@ -81,7 +81,6 @@ class Adaptive(HeadSpec, name="adaptive"):
         first = self.cutoffs[0]
         head.weight[:first] = weight[order[:first]]
         states = stats.states[:_STATES].to(weight.device)
-        inputs = F.pad(states, (0, 1), value=1.0)
         total = F.linear(states, weight.float(), bias).logsumexp(-1)
         for band, (start, stop) in enumerate(head.bands):
             mine = order[start:stop]
@@ -90,14 +89,8 @@ class Adaptive(HeadSpec, name="adaptive"):
             head.up[band].copy_(weight[mine].float() @ project)
             head.down[band].copy_(down)
             mass = head.band(states, band).logsumexp(-1)
-            share = (mass - total).exp().clamp_max(1)
-            importance = (share * (1 - share) + 0.01)[
-                :, None
-            ]  # where the band's probability can change
-            gram = (inputs * importance).T @ inputs
-            gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-            row = torch.linalg.solve(gram, (inputs * importance).T @ mass)
-            head.weight[first + band], head.band_bias[band] = row[:-1], row[-1]
+            row, shift = linear_log_mass(states, mass, total)
+            head.weight[first + band], head.band_bias[band] = row, shift
 
 
 class AdaptiveHead(Head):

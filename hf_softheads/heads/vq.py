@@ -215,7 +215,7 @@ class VQHead(Head):
     def resize(self, vocab: int) -> VQHead:
         """Codes are kept; new tokens join the code nearest to the mean row, with the mean bias. Forgets the floor."""
         old = self.codes.long()
-        new = VQHead(
+        new = type(self)(
             self.in_features,
             vocab,
             len(self.weight),
