@@ -206,7 +206,7 @@ class Bench:
             "commit": self.source["commit"],
         }
         print(
-            f"{label:<32} {row['bits']:6.3f} bits  ratio {row['ratio']:.4f}  KL {row['kl']:.5f}  "
+            f"{self.split:<8}{label:<32} {row['bits']:6.3f} bits  ratio {row['ratio']:.4f}  KL {row['kl']:.5f}  "
             f"top-1 {row['top1_agreement']:.4f}  reads {row['bits_read']:.3f}  {steps} steps {seconds:.0f} s",
             flush=True,
         )

@@ -189,15 +189,19 @@ def distillation_table() -> str:
 def confidence_table() -> str:
     """Area under the risk–coverage curve by label smoothing and score, from `confidence.json`."""
     found = _results("confidence")
-    scores = list(next(iter(found["rows"].values()))["aurc"])
-    table = Table(["label smoothing", "perplexity", "accuracy", *scores])
-    for name, row in found["rows"].items():
-        values = (f"{value:.4f}" for value in row["aurc"].values())
-        table.add(name, f"{row['perplexity']:.1f}", f"{row['accuracy']:.1%}", *values)
     settings = found["settings"]
+    cases = {"vocabulary": "whole vocabulary", "classes": f"{settings['classes']} classes"}
+    scores = list(found["rows"]["classes"]["0.0"]["aurc"])
+    table = Table(["answers", "label smoothing", "accuracy", *scores])
+    for case, label in cases.items():
+        for name, row in found["rows"][case].items():
+            values = (f"{value:.4f}" for value in row["aurc"].values())
+            table.add(label, name, f"{row['accuracy']:.1%}", *values)
+    counts = " and ".join(f"{found['rows'][case]['0.0']['tokens']:,}" for case in cases)
     return (
-        f"{table.markdown()}\n\nArea under the risk–coverage curve, lower is better; {settings['tokens']:,} held-out "
-        f"tokens, head trained {settings['steps']} steps. {_where(found, '../')}"
+        f"{table.markdown()}\n\nArea under the risk–coverage curve, lower is better, on {counts} held-out tokens. The "
+        f"whole vocabulary: the model's own head, trained {settings['steps']} steps further. Classes: the most "
+        f"frequent next tokens, a two-layer classifier of the hidden states, {settings['epochs']} epochs. {_where(found, '../')}"
     )
 
 
