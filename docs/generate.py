@@ -201,7 +201,7 @@ def confidence_table() -> str:
     return (
         f"{table.markdown()}\n\nArea under the risk–coverage curve, lower is better, on {counts} held-out tokens. The "
         f"whole vocabulary: the model's own head, trained {settings['steps']} steps further. Classes: the most "
-        f"frequent next tokens, a two-layer classifier of the hidden states, {settings['epochs']} epochs. {_where(found, '../')}"
+        f"frequent next tokens, a two-layer classifier of them, {settings['epochs']} epochs. {_where(found, '../')}"
     )
 
 
