@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_softheads.heads.checks import checked
+from hf_softheads.heads.transform import LogitTransform as LogitTransform
 from hf_softheads.registry import Spec
 
 if TYPE_CHECKING:
@@ -20,34 +21,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _CHUNK_ELEMENTS = 2**23  # logits held at once by the generic paths: 32 MiB in fp32
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """What a model family does to the scores after its head: `("div", s)`, `("mul", s)`, `("tanh", 1.0)` in order.
-
-    Gemma's soft cap is `div, tanh, mul`; Granite divides, Cohere multiplies.
-    """
-
-    steps: tuple[tuple[str, float], ...] = ()
-
-    def __call__(self, scores: Tensor) -> Tensor:
-        for operation, value in self.steps:
-            if operation == "tanh":
-                scores = torch.tanh(scores)
-            else:
-                scores = scores / value if operation == "div" else scores * value
-        return scores
-
-    @property
-    def scale(self) -> float | None:
-        """The factor when the transform only scales, else None."""
-        factor = 1.0
-        for operation, value in self.steps:
-            if operation == "tanh":
-                return None
-            factor *= 1 / value if operation == "div" else value
-        return factor
 
 
 @dataclass(frozen=True)
@@ -167,6 +140,12 @@ class Head(nn.Module):
     def _topk_pair(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values, ids = self.logits(hidden).topk(k, -1)
         return values.double(), ids.double()  # one tensor for the chunk loop; ids are exact in fp64
+
+    @torch.no_grad()
+    def topk_log_prob(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the k likeliest tokens, `(…, k)` fp32 descending, and their ids: a decoding step."""
+        values, tokens = self.topk(hidden, k)
+        return values - self.logsumexp(hidden).unsqueeze(-1), tokens
 
     @torch.no_grad()
     def sample(

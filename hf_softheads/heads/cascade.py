@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.low_rank import LowRank
 from hf_softheads.heads.screened import STATES, Screened, ScreenedHead
 
@@ -95,11 +95,11 @@ class CascadeHead(ScreenedHead):
         transform = self.transform or (lambda z: z)
         previews = self.screen.scores(hidden).float() + self.weight
         count = min(self.candidates + more, self.out_features)
-        best, tokens = previews.detach().topk(count, -1)
+        best, tokens = self._largest(previews.detach(), count)
         first = tokens[..., : self.candidates]
         exact = self.inner.score(hidden, first)
-        rest = transform(previews.detach()).scatter(-1, first, -torch.inf).logsumexp(-1)
-        lead = transform(exact.detach()).logsumexp(-1) - rest
+        rest = transform(previews.detach()).scatter(-1, first, -torch.inf)
+        lead = transform(exact.detach()).logsumexp(-1) - self._logsumexp(rest)
         return previews, best, tokens, exact, lead < self.margin
 
     def _mixed(self, hidden: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class CascadeHead(ScreenedHead):
     def _whole(self, hidden: Tensor) -> Tensor:
         """Scores by all exact rows, the best once more with sums in fp32."""
         scores = self.inner.scores(hidden).float()
-        tokens = scores.detach().topk(self.candidates, -1).indices
+        tokens = self._largest(scores.detach(), self.candidates)[1]
         return scores.scatter(-1, tokens, self.inner.score(hidden, tokens))
 
     @torch.no_grad()
@@ -139,6 +139,10 @@ class CascadeHead(ScreenedHead):
 
         both = self._in_chunks(chunk, hidden, width=self._width)
         return both[..., :k].float(), both[..., k:].long()
+
+    @torch.no_grad()
+    def topk_log_prob(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return Head.topk_log_prob(self, hidden, k)
 
     @property
     def bytes_read(self) -> int:

@@ -101,6 +101,14 @@ class CompiledHead(RowsHead):
         return self._owner(hidden).topk(self, hidden, k)
 
     @torch.no_grad()
+    def topk_log_prob(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        if self.kernel_or_reason(hidden) is not None:
+            return super().topk_log_prob(hidden, k)
+        z = self.logits(hidden)
+        values, tokens = z.topk(k, -1)
+        return values - z.logsumexp(-1, keepdim=True), tokens
+
+    @torch.no_grad()
     def sample(
         self, hidden: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> Tensor:

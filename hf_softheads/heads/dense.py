@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.heads.rows import products
 from hf_softheads.kernels import why_not
 from hf_softheads.kernels.dense import dense_score
 
@@ -55,8 +56,7 @@ class DenseHead(Head):
             flat = dense_score(self.weight, hidden.flatten(0, -2), tokens.flatten(0, -2))
             found = flat.view(tokens.shape)
             return found if self.bias is None else found + self.bias[tokens]
-        rows = self.weight[tokens].float()  # products in fp32: nearer to the truth than bf16 logits
-        scores = (rows @ hidden.float().unsqueeze(-1)).squeeze(-1)
+        scores = products(lambda where: self.weight.index_select(0, where), hidden, tokens)
         return scores if self.bias is None else scores + self.bias[tokens]
 
     def _gathers(self, hidden: Tensor) -> bool:

@@ -147,6 +147,10 @@ class ProjectedHead(OuterHead):
         return self.inner_alike().topk(self.prepare(hidden), k)
 
     @torch.no_grad()
+    def topk_log_prob(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return self.inner_alike().topk_log_prob(self.prepare(hidden), k)
+
+    @torch.no_grad()
     def sample(
         self, hidden: Tensor, *, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,7 @@ class RowsHead(Head):
     def score(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         places = self.places()
         where = tokens if places is None else places[tokens].long()
-        rows = self.rows(where.flatten()).view(*where.shape, -1)
-        scores = (rows.float() @ self.prepare(hidden).float().unsqueeze(-1)).squeeze(-1)
+        scores = products(self.rows, self.prepare(hidden), where)
         return scores if self.bias is None else scores + self.bias[where]
 
     def subset(self, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -194,3 +193,14 @@ class RowsHead(Head):
 def rate_by_size(parameter: Tensor) -> float:
     """A hundredth of the parameter's size: scales and offsets differ by orders of magnitude."""
     return 0.01 * max(float(parameter.detach().float().square().mean().sqrt()), 1e-4)
+
+
+def products(rows: Callable[[Tensor], Tensor], x: Tensor, where: Tensor) -> Tensor:
+    """`rows(where) · x` in fp32: `x (…, K)`, `where (…, M)`, other rows for each state → `(…, M)`."""
+    training = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if training or x.device.type != "cpu" or x.ndim < 2 or not x.numel():
+        found = rows(where.flatten()).view(*where.shape, x.shape[-1])
+        return (found.float() @ x.float().unsqueeze(-1)).squeeze(-1)
+    # One state at a time: the copies of its rows stay in the cache.
+    pairs = zip(where.flatten(0, -2), x.float().flatten(0, -2), strict=True)
+    return torch.stack([torch.mv(rows(w).float(), state) for w, state in pairs]).view(where.shape)

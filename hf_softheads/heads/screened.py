@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.dense import Dense
+from hf_softheads.kernels import why_not
+from hf_softheads.kernels.screened import largest, logsumexp
 
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
@@ -114,7 +116,7 @@ class ScreenedHead(Head):
 
     def _mixed(self, hidden: Tensor) -> Tensor:
         previews = self.screen.scores(hidden).float()
-        tokens = previews.detach().topk(self.candidates, -1).indices
+        tokens = self._largest(previews.detach(), self.candidates)[1]
         exact = self.inner.score(hidden, tokens)
         if torch.is_grad_enabled():
             return (previews + self.weight).scatter(-1, tokens, exact)
@@ -126,7 +128,7 @@ class ScreenedHead(Head):
         count = min(self.candidates + k, self.out_features)
 
         def chunk(h: Tensor) -> Tensor:
-            values, tokens = self.screen.scores(h).float().topk(count, -1)
+            values, tokens = self._largest(self.screen.scores(h).float(), count)
             exact = self.inner.score(h, tokens[..., : self.candidates])
             rest = values[..., self.candidates :] + self.weight
             most, place = transform(torch.cat([exact, rest], -1)).topk(k, -1)
@@ -134,6 +136,47 @@ class ScreenedHead(Head):
 
         both = self._in_chunks(chunk, hidden, width=self._width)
         return both[..., :k].float(), both[..., k:].long()
+
+    @torch.no_grad()
+    def topk_log_prob(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        transform = self._known_transform()
+        count = min(self.candidates + k, self.out_features)
+
+        def chunk(h: Tensor) -> Tensor:
+            previews = self.screen.scores(h).float()
+            values, tokens = self._largest(previews, count)
+            chosen = tokens[..., : self.candidates]
+            exact = transform(self.inner.score(h, chosen))
+            rest = transform(values[..., self.candidates :] + self.weight)
+            most, place = torch.cat([exact, rest], -1).topk(k, -1)
+            tail = transform(previews.add_(self.weight)).scatter_(-1, chosen, -torch.inf)
+            total = torch.logaddexp(exact.logsumexp(-1), self._logsumexp(tail))
+            return torch.cat(
+                [(most - total.unsqueeze(-1)).double(), tokens.gather(-1, place).double()], -1
+            )
+
+        both = self._in_chunks(chunk, hidden, width=self._width)
+        return both[..., :k].float(), both[..., k:].long()
+
+    def _largest(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        if self._compiled(scores):
+            return largest(scores, count)
+        values, tokens = scores.topk(count, -1)
+        return values, tokens
+
+    def _logsumexp(self, scores: Tensor) -> Tensor:
+        return logsumexp(scores) if self._compiled(scores) else scores.logsumexp(-1)
+
+    def _compiled(self, scores: Tensor) -> bool:
+        """Does the kernel go over these scores, instead of torch?"""
+        return (
+            self.kernels != "off"
+            and not torch.compiler.is_compiling()
+            and not scores.requires_grad
+            and scores.device.type == "cpu"
+            and scores.ndim == 2
+            and why_not("screened") is None
+        )
 
     def code_table(self) -> tuple[Tensor, int] | None:
         return self.inner.code_table() or self.screen.code_table()
@@ -147,7 +190,9 @@ class ScreenedHead(Head):
 
     @property
     def _width(self) -> int:
-        return self.out_features + 2 * self.candidates * self.in_features
+        """Numbers held for a hidden state: in training the rows of its candidates too."""
+        rows = 2 * self.candidates * self.in_features if torch.is_grad_enabled() else 0
+        return self.out_features + rows
 
     @torch.no_grad()
     def calibrate(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> None:

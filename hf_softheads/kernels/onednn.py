@@ -11,15 +11,17 @@ import functools
 import torch
 from torch import Tensor
 
+_ROWS = 2**15  # multiplied at once: the products of both halves stay in the cache
 
-def int8_packed(codes: Tensor) -> Tensor:
-    """Codes `(V, D)` uint8 in the order in which oneDNN reads them: an opaque copy of the same size."""
+
+def int8_packed(codes: Tensor) -> list[Tensor]:
+    """Codes `(V, D)` uint8 in the order in which oneDNN reads them: opaque copies of `_ROWS` rows each."""
     signed = (codes ^ 128).view(torch.int8)  # q - 128
-    packed: Tensor = torch.ops.onednn.qlinear_prepack(signed, [1, codes.shape[1]])
-    return packed
+    shape = [1, codes.shape[1]]
+    return [torch.ops.onednn.qlinear_prepack(rows, shape) for rows in signed.split(_ROWS)]
 
 
-def int8_scores(hidden: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+def int8_scores(hidden: Tensor, packed: list[Tensor], scale: Tensor) -> Tensor:
     """`scale_v Σ_j (q_vj - 127.5) h_j`, `(B, V)` fp32.
 
     Args:
@@ -29,11 +31,14 @@ def int8_scores(hidden: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     step = states.abs().amax(1, keepdim=True).clamp_min(1e-30) / 16256
     rounded = (states / step).round_().int()
     high = (rounded + 64) >> 7
-    halves = torch.cat([high, rounded - 128 * high])  # each from -127 to 127
-    scores = _product((halves + 128).to(torch.uint8), packed, scale)
-    upper, lower = scores.chunk(2)
+    halves = torch.cat([high, rounded - 128 * high]).add_(128).to(torch.uint8)  # from 1 to 255
     half = rounded.sum(1) / 2  # q - 127.5 = (q - 128) + 1/2
-    return lower.add_(upper, alpha=128).addr_(half, scale).mul_(step)
+    scores = torch.empty(len(states), len(scale))
+    parts = zip(packed, scale.split(_ROWS), scores.split(_ROWS, 1), strict=True)
+    for rows, sizes, out in parts:
+        upper, lower = _product(halves, rows, sizes).chunk(2)
+        torch.mul(lower.add_(upper, alpha=128).addr_(half, sizes), step, out=out)
+    return scores
 
 
 def _product(states: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
@@ -57,7 +62,8 @@ def why_no_int8() -> str | None:
     halves = torch.tensor([[-127, 127, 127, -127]]).repeat(2, 64)
     halves[1] = -127
     try:
-        found = _product((halves + 128).to(torch.uint8), int8_packed(codes), torch.ones(5))
+        (packed,) = int8_packed(codes)
+        found = _product((halves + 128).to(torch.uint8), packed, torch.ones(5))
     except (AttributeError, RuntimeError, TypeError) as error:
         return f"this torch has another integer product: {str(error).splitlines()[0]}"
     if not torch.equal(found, (halves @ (codes.long() - 128).T).float()):

@@ -99,6 +99,11 @@ def test_methods_agree_with_forward(
         torch.testing.assert_close(values, logits.topk(k, -1).values, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(logits.gather(-1, tokens), values, rtol=1e-5, atol=1e-5)
         assert (tokens.sort(-1).values.diff(dim=-1) > 0).all()  # all different
+        most, likeliest = head.topk_log_prob(hidden, k)
+        torch.testing.assert_close(
+            most, values - logits.logsumexp(-1, keepdim=True), rtol=1e-4, atol=2e-5
+        )
+        torch.testing.assert_close(logits.gather(-1, likeliest), values, rtol=1e-5, atol=1e-5)
     assert head.sample(hidden).shape == shape
 
 

@@ -17,6 +17,7 @@ from hf_softheads.kernels import (
     dense,
     product_vq,
     quantized,
+    screened,
     transform_coded,
     why_not,
 )
@@ -198,3 +199,39 @@ def test_without_a_compiler_everything_works_and_says_so(
         assert "no-such-compiler" in head.path
     finally:
         kernels.load.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize(("vocab", "count"), [(1000, 9), (4099, 64), (70, 70), (33, 5), (1, 1)])
+def test_largest_of_each_row_and_the_sum(instructions: str, vocab: int, count: int) -> None:
+    skip_without(instructions)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, vocab, generator=generator) * torch.tensor([[0.1], [3.0], [40.0]])
+    values, tokens = screened.largest(scores, count, instructions=instructions)
+    assert torch.equal(values, scores.topk(count).values)
+    assert torch.equal(scores.gather(1, tokens), values)
+    assert (tokens.sort(1).values.diff(dim=1) > 0).all()  # all different
+    total = screened.logsumexp(scores, instructions=instructions)
+    torch.testing.assert_close(total.double(), scores.double().logsumexp(1), rtol=1e-6, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_largest_of_odd_rows(instructions: str) -> None:
+    skip_without(instructions)
+    nan, inf = torch.nan, torch.inf
+    scores = torch.full((5, 200), -inf)
+    scores[1] = 1.0  # the first of equals
+    scores[2, 150:] = torch.arange(50.0)
+    scores[3, ::7] = nan
+    scores[4, 199], scores[4, 3] = inf, nan
+    values, tokens = screened.largest(scores, 3, instructions=instructions)
+    assert tokens[1].tolist() == [0, 1, 2]
+    assert tokens[2].tolist() == [199, 198, 197]
+    assert inf in values[4]
+    assert ((tokens >= 0) & (tokens < 200)).all()
+    total = screened.logsumexp(scores, instructions=instructions)
+    torch.testing.assert_close(total, scores.logsumexp(1), equal_nan=True)
+    assert screened.largest(scores[:0], 3)[1].shape == (0, 3)
+    assert screened.logsumexp(scores[:0]).shape == (0,)

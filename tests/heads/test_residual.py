@@ -50,7 +50,8 @@ def test_low_rank_rows_may_be_stored_compactly(toy: Toy) -> None:
         heads.append(spec.module(16, 256, bias=True))
         spec.fit(heads[-1], toy.weight, bias, toy.stats)
     plain, coded = heads
-    torch.testing.assert_close(coded(toy.hidden), plain(toy.hidden), rtol=0, atol=0.2)
+    exact = plain(toy.hidden)
+    assert (coded(toy.hidden) - exact).std() < 0.01 * exact.std()
     tokens = torch.arange(12).view(2, 6)
     mine = coded.score(toy.hidden[:2], tokens)
     torch.testing.assert_close(mine, coded(toy.hidden[:2]).gather(1, tokens))
