@@ -12,6 +12,7 @@ the bytes of one step at the bandwidth measured in the same process, as a share 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -41,13 +42,18 @@ SPECS: dict[str, HeadSpec] = {
     "residual_vq 4 x 1024": heads.ResidualVQ(4, 1024),
     "low_rank D/4": heads.LowRank(DIM // 4),
     "low_rank D/8": heads.LowRank(DIM // 8),
+    "low_rank D/4 in 8 bits": heads.LowRank(DIM // 4, heads.Quantized(8)),
+    "low_rank D/8 in 8 bits": heads.LowRank(DIM // 8, heads.Quantized(8)),
 }
 SCREENS = {  # candidates of each
     "transform_coded, 1 bit": CANDIDATES,
     "product_vq, 1 bit, 16 codes": CANDIDATES,
     "residual_vq 4 x 1024": CANDIDATES,
     "low_rank D/8": CANDIDATES,
+    "low_rank D/4 in 8 bits": CANDIDATES,
+    "low_rank D/8 in 8 bits": 4 * CANDIDATES,
 }
+PLAIN = ("residual_vq 4 x 1024", "low_rank D/4 in 8 bits", "low_rank D/8 in 8 bits")
 OFF = ", no kernels"  # the same without a compiler
 
 
@@ -116,16 +122,17 @@ def main() -> None:
         ways = [f"{name}, all scores"]
         if name in SCREENS:
             way = f"screened by {name}, greedy token and its log-probability"
-            ways += [way, way + OFF] if "_vq 4 x" in name else [way]
+            ways += [way, way + OFF] if name in PLAIN else [way]
         ways = [way for way in ways if not arguments.only or any(o in way for o in arguments.only)]
         if not ways:
             continue
         head = built[name] = build(spec)
         for way in ways:
             if way.startswith("screened"):
-                both = screened(head, SCREENS[name], dense)
-                both.use_kernels("off" if way.endswith(OFF) else "auto")
-                cases[way] = both, lambda h, head=both: greedy(head(h))
+                off = way.endswith(OFF)
+                both = screened(copy.deepcopy(head) if off else head, SCREENS[name], dense)
+                both.use_kernels("off" if off else "auto")
+                cases[way] = both, lambda h, head=both: head.topk_log_prob(h, 1)
             else:
                 cases[way] = head, head
     found = json.loads(RESULTS.read_text())["speed"] if RESULTS.exists() and arguments.only else {}

@@ -69,6 +69,11 @@ class LowRank(HeadSpec, name="low_rank"):
         require_finite(weight, "output rows")
         project, down = principal_directions(weight, stats, self.rank)
         if isinstance(head, ProjectedHead):
+            # any rotation does; a random one spreads the rows over the columns, which saves bits
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(self.rank, self.rank, generator=generator)
+            rotation = torch.linalg.qr(noise)[0].to(down.device)
+            project, down = project @ rotation.T, rotation @ down
             head.weight.copy_(down)
             seen = None if stats is None else projected(stats, head.weight.float())
             self.inner.fit(head.inner_alike(), weight.float() @ project, bias, seen)

@@ -60,7 +60,8 @@ def test_low_rank_rows_may_be_stored_compactly(toy: Toy) -> None:
     )
     matrix, offset = coded.dense()
     torch.testing.assert_close(toy.hidden @ matrix.T + offset, coded(toy.hidden), rtol=0, atol=1e-4)
-    assert kl(LowRank(6, Quantized(2)), toy) < kl(LowRank(6, Quantized(2)), toy, stats=False)
+    assert kl(LowRank(6, Quantized(4)), toy) < kl(LowRank(6, Quantized(4)), toy, stats=False)
+    assert kl(LowRank(6, Quantized(4)), toy) < 1.3 * kl(LowRank(6), toy)
 
 
 def test_both_parts_beat_either(toy: Toy) -> None:
