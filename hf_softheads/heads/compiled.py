@@ -73,7 +73,9 @@ class CompiledHead(RowsHead):
             reason = self.kernel_or_reason(probe)
         if reason is not None:
             return f"torch ({reason})"
+        lacking = "switched off" if self.kernels == "off" else self.why_no_kernel()
         way = f"torch, {self.native()}" if self.native() else f"C++, {instructions(self.kernel)}"
+        way += f" instead of a kernel: {lacking}" if self.native() and lacking else ""
         return f"{way} (few states, no gradients), else torch"
 
     def scores(self, hidden: Tensor) -> Tensor:

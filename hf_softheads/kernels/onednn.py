@@ -1,4 +1,4 @@
-"""Products with rows of 8-bit codes by the integer product that torch's oneDNN brings: no compiler is needed.
+"""Products with rows of integer codes by the product of bytes that torch's oneDNN brings: no compiler is needed.
 
 Hidden states are rounded to 15 bits and cut into two halves of 8, which are two rows of one matrix product: exact in
 integers, as in `integers.hpp`, and so nearer to fp32 than a bf16 product.
@@ -7,6 +7,7 @@ integers, as in `integers.hpp`, and so nearer to fp32 than a bf16 product.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,15 +15,21 @@ from torch import Tensor
 _ROWS = 2**15  # multiplied at once: the products of both halves stay in the cache
 
 
-def int8_packed(codes: Tensor) -> list[Tensor]:
-    """Codes `(V, D)` uint8 in the order in which oneDNN reads them: opaque copies of `_ROWS` rows each."""
-    signed = (codes ^ 128).view(torch.int8)  # q - 128
-    shape = [1, codes.shape[1]]
-    return [torch.ops.onednn.qlinear_prepack(rows, shape) for rows in signed.split(_ROWS)]
+def int8_packed(codes: Callable[[slice], Tensor], vocab: int, bits: int) -> list[Tensor]:
+    """Codes of `bits` bits, a byte each, in the order in which oneDNN reads them: opaque copies of `_ROWS` rows each.
+
+    `codes` gives some of the rows, `(n, D)` uint8.
+    """
+    packed = []
+    for start in range(0, vocab, _ROWS):
+        rows = codes(slice(start, min(start + _ROWS, vocab)))
+        signed = (rows - 2 ** (bits - 1)).view(torch.int8)
+        packed.append(torch.ops.onednn.qlinear_prepack(signed, [1, rows.shape[1]]))
+    return packed
 
 
 def int8_scores(hidden: Tensor, packed: list[Tensor], scale: Tensor) -> Tensor:
-    """`scale_v Σ_j (q_vj - 127.5) h_j`, `(B, V)` fp32.
+    """`scale_v Σ_j (q_vj - (2**bits - 1) / 2) h_j`, `(B, V)` fp32.
 
     Args:
         hidden: `(B, D)` on the CPU; packed: what `int8_packed` made of q; scale: `(V,)` fp32.
@@ -32,7 +39,7 @@ def int8_scores(hidden: Tensor, packed: list[Tensor], scale: Tensor) -> Tensor:
     rounded = (states / step).round_().int()
     high = (rounded + 64) >> 7
     halves = torch.cat([high, rounded - 128 * high]).add_(128).to(torch.uint8)  # from 1 to 255
-    half = rounded.sum(1) / 2  # q - 127.5 = (q - 128) + 1/2
+    half = rounded.sum(1) / 2  # 127.5 = 128 - 1/2, and so on
     scores = torch.empty(len(states), len(scale))
     parts = zip(packed, scale.split(_ROWS), scores.split(_ROWS, 1), strict=True)
     for rows, sizes, out in parts:
@@ -62,7 +69,7 @@ def why_no_int8() -> str | None:
     halves = torch.tensor([[-127, 127, 127, -127]]).repeat(2, 64)
     halves[1] = -127
     try:
-        (packed,) = int8_packed(codes)
+        (packed,) = int8_packed(codes.__getitem__, 5, 8)
         found = _product((halves + 128).to(torch.uint8), packed, torch.ones(5))
     except (AttributeError, RuntimeError, TypeError) as error:
         return f"this torch has another integer product: {str(error).splitlines()[0]}"

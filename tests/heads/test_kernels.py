@@ -80,7 +80,7 @@ def test_head_uses_it_for_decoding(bits: int) -> None:
         fast, best = head(hidden), head.topk(hidden, 3)
         head.kernels = "off"
         plain = head.float()(hidden.float())
-        assert head.path == "torch (switched off)"
+        assert "switched off" in head.path
     torch.testing.assert_close(fast, plain, rtol=1e-3, atol=5e-3)
     torch.testing.assert_close(best[0], fast.topk(3).values)
 
@@ -195,7 +195,8 @@ def test_without_a_compiler_everything_works_and_says_so(
         with torch.no_grad():
             head.weight.fill_(1.0)
             assert head.bfloat16()(torch.ones(1, 64, dtype=torch.bfloat16)).shape == (1, 100)
-        assert head.path.startswith("torch (no C++ compiler (")
+        assert head.path.startswith("torch")
+        assert "no C++ compiler (" in head.path
         assert "no-such-compiler" in head.path
     finally:
         kernels.load.cache_clear()

@@ -16,17 +16,18 @@ needs_int8 = pytest.mark.skipif(why_no_int8() is not None, reason=str(why_no_int
 
 
 @needs_int8
+@pytest.mark.parametrize("bits", [8, 3])
 @pytest.mark.parametrize(
     ("vocab", "dim", "batch"), [(301, 192, 1), (7, 200, 6), (1, 1, 1), (130, 300, 2), (5, 77, 0)]
 )
-def test_is_better_than_bf16(vocab: int, dim: int, batch: int) -> None:
+def test_is_better_than_bf16(bits: int, vocab: int, dim: int, batch: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(256, (vocab, dim), generator=generator).to(torch.uint8)
+    codes = torch.randint(2**bits, (vocab, dim), generator=generator).to(torch.uint8)
     scale = torch.rand(vocab, generator=generator) + 0.1
     hidden = torch.randn(batch, dim, generator=generator) * torch.logspace(-3, 3, batch)[:, None]
-    rows = (codes.double() - 127.5) * scale.double()[:, None]
+    rows = (codes.double() - (2**bits - 1) / 2) * scale.double()[:, None]
     exact = hidden.double() @ rows.T
-    found = int8_scores(hidden, int8_packed(codes), scale)
+    found = int8_scores(hidden, int8_packed(codes.__getitem__, vocab, bits), scale)
     assert found.shape == exact.shape
     assert ((found - exact).abs() <= 2e-4 * (hidden.double().abs() @ rows.abs().T)).all()
     if dim > 100:
@@ -37,7 +38,8 @@ def test_is_better_than_bf16(vocab: int, dim: int, batch: int) -> None:
 def test_a_state_of_zeros_scores_zero() -> None:
     if why_no_int8() is None:
         codes = torch.full((3, 8), 200, dtype=torch.uint8)
-        assert (int8_scores(torch.zeros(2, 8), int8_packed(codes), torch.ones(3)) == 0).all()
+        packed = int8_packed(codes.__getitem__, 3, 8)
+        assert (int8_scores(torch.zeros(2, 8), packed, torch.ones(3)) == 0).all()
 
 
 @needs_int8
@@ -50,7 +52,8 @@ def test_heads_of_8_bits_decode_by_it(spec: HeadSpec, kernels: str, toy: Toy) ->
     spec.fit(head, toy.weight, torch.linspace(-1, 1, 256), toy.stats)
     head = head.bfloat16().requires_grad_(False)
     head.use_kernels(kernels)  # type: ignore[arg-type]
-    assert head.path == "torch, oneDNN int8 (few states, no gradients), else torch"
+    assert head.path.startswith("torch, oneDNN int8 ")
+    assert ("switched off" in head.path) == (kernels == "off")
     hidden = toy.hidden[:6].bfloat16().view(2, 3, 16)
     exact = head.float()(hidden.float())
     found = head.bfloat16()(hidden)
@@ -63,6 +66,18 @@ def test_heads_of_8_bits_decode_by_it(spec: HeadSpec, kernels: str, toy: Toy) ->
     )
     again = copy.deepcopy(head)  # without the opaque copy of the codes
     assert torch.equal(again(hidden), found)
+
+
+@needs_int8
+def test_fewer_bits_too_where_there_is_no_kernel(toy: Toy) -> None:
+    head = Quantized(3).module(*toy.shape)
+    Quantized(3).fit(head, toy.weight, None, toy.stats)
+    head = head.bfloat16().requires_grad_(False)
+    hidden = toy.hidden[:6].bfloat16()
+    head.use_kernels("off")
+    exact = head.float()(hidden.float())
+    torch.testing.assert_close(head.bfloat16()(hidden), exact, rtol=1e-2, atol=0.1)
+    assert "oneDNN int8 instead of a kernel: switched off" in head.path
 
 
 @needs_int8
