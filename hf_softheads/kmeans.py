@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 _CHUNK_ELEMENTS = 2**24  # distances held at once: 64 MiB in fp32
+_BLOCK_ELEMENTS = 2**22  # of points turned into fp32 at once
+_PATIENCE = 2  # seconds before a bar is shown
 _SEED_BLOCK = 256  # seeds kept at once, and at most 1/32 of those before
 _SEED_TRIALS = 8  # candidates per seed
 
@@ -64,20 +66,15 @@ def kmeans(
     weights = torch.ones(count, device=points.device) if weights is None else weights.float()
     if not bool((weights >= 0).all() & weights.isfinite().all()):
         raise ValueError("k-means weights must be finite and at least 0")
-    space = points.float() if metric is None else points.float() @ metric.to(points.device).float()
-    space = space - space.mean(
-        0
-    )  # moves no point relative to another; smaller numbers, better bf16
-    fast = bf16_is_fast(space.device)
-    scored = space.bfloat16() if fast else space
-
-    total = iterations + 1
-    with tqdm(total=total, desc=description, disable=not sys.stderr.isatty(), leave=False) as bar:
-        centers = space[_draw_seeds(scored, space, weights, clusters, seed)]
+    space = _Space(points, metric)
+    with tqdm(
+        total=iterations + 1, desc=description, disable=None, leave=False, delay=_PATIENCE
+    ) as bar:
+        centers = space[_draw_seeds(space, weights, clusters, seed)]
         bar.update()
         previous = float("inf")
         for _ in range(iterations):
-            labels, cost = _assign(scored, space, centers, weights)
+            labels, cost = _assign(space, centers, weights)
             fill_empty(labels, cost, clusters)
             centers = weighted_means(space, labels, clusters, weights)
             inertia = float(cost.sum())
@@ -85,7 +82,8 @@ def kmeans(
             if previous - inertia < tolerance * inertia:
                 break
             previous = inertia
-    labels, cost = _assign(space, space, centers, weights)
+    labels, cost = _assign(space, centers, weights, exact=True)
+    del space
     fill_empty(labels, cost, clusters)
     return Clusters(weighted_means(points, labels, clusters, weights), labels, float(cost.sum()))
 
@@ -95,92 +93,122 @@ def nearest(
     points: Tensor, centers: Tensor, *, metric: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Index of the nearest center of each point and its squared distance, `(N,)` both; arguments as in `kmeans`."""
-    points, centers = points.float(), centers.float()
-    if metric is not None:
-        points, centers = points @ metric.float(), centers @ metric.float()
-    return _assign(points, points, centers, torch.ones(len(points), device=points.device))
+    centers = centers.float()
+    metric = None if metric is None else metric.float()
+    centers = centers if metric is None else centers @ metric
+    mean = centers.mean(0)  # smaller numbers, less cancellation
+    centers = centers - mean
+    half = centers.square().sum(1) / 2
+    labels, cost = [], []
+    for part in points.split(max(1, _CHUNK_ELEMENTS // max(centers.shape))):
+        part = (part.float() if metric is None else part.float() @ metric) - mean
+        label = (part @ centers.T).sub_(half).max(1).indices
+        labels.append(label)
+        cost.append((part - centers[label]).square().sum(1))
+    return torch.cat(labels), torch.cat(cost)
 
 
-def weighted_means(points: Tensor, labels: Tensor, clusters: int, weights: Tensor) -> Tensor:
+def weighted_means(
+    points: Tensor | _Space, labels: Tensor, clusters: int, weights: Tensor
+) -> Tensor:
     """`Σ w_i x_i / Σ w_i` of each cluster, `(C, D)` fp32; the plain mean where all its weights are 0."""
-    mass = torch.zeros(clusters, device=points.device).index_add_(0, labels, weights)
+    mass = torch.zeros(clusters, device=labels.device).index_add_(0, labels, weights)
     weights = torch.where(mass[labels] > 0, weights, torch.ones_like(weights))
-    mass = torch.zeros(clusters, device=points.device).index_add_(0, labels, weights)
-    sums = torch.zeros(clusters, points.shape[1], device=points.device)
-    rows = max(1, _CHUNK_ELEMENTS // points.shape[1])
-    for part, label, weight in zip(
-        points.split(rows), labels.split(rows), weights.split(rows), strict=True
-    ):
-        sums.index_add_(0, label, part.float() * weight[:, None])
+    mass = torch.zeros(clusters, device=labels.device).index_add_(0, labels, weights)
+    sums = torch.zeros(clusters, points.shape[1], device=labels.device)
+    for part in _parts(points, _BLOCK_ELEMENTS):
+        sums.index_add_(0, labels[part], points[part].float() * weights[part, None])
     return sums / mass.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
 
 
 def require_finite(matrix: Tensor, what: str) -> None:
     """Raise ValueError naming the first row of `matrix` that holds NaN or inf."""
-    bad = (~matrix.sum(1, dtype=torch.float32).isfinite()).nonzero().flatten()
+    sums = torch.cat([matrix[part].float().sum(1) for part in _parts(matrix, _BLOCK_ELEMENTS)])
+    bad = (~sums.isfinite()).nonzero().flatten()
     if len(bad):
         raise ValueError(
             f"{len(bad)} of {len(matrix)} {what} hold NaN or inf, the first is row {int(bad[0])}"
         )
 
 
-def _in_metric(points: Tensor, metric: Tensor | None) -> Tensor:
-    """`(points - mean) @ metric` in fp32; the shift moves no point relative to another and spares bf16."""
-    mean = points.mean(0, dtype=torch.float32)
-    if metric is None:
-        return points - mean
-    metric = metric.to(points.device, torch.float32)
-    space = torch.empty(len(points), metric.shape[1], device=points.device)
-    rows = max(1, _CHUNK_ELEMENTS // metric.shape[1])
+class _Space:
+    """`(points - mean) metric` in fp32: the shift moves no point relative to another and makes numbers smaller.
+
+    On a CPU with native bf16 it is held as two bf16 numbers that add up to it, to 2⁻¹⁷ of its size; the first alone is
+    what the iterations score. That is fp32's memory for both.
+    """
+
+    def __init__(self, points: Tensor, metric: Tensor | None):
+        metric = None if metric is None else metric.to(points.device, torch.float32)
+        self.shape = (len(points), points.shape[1] if metric is None else metric.shape[1])
+        fast = bf16_is_fast(points.device)
+        dtype = torch.bfloat16 if fast else torch.float32
+        self.scored = torch.empty(self.shape, dtype=dtype, device=points.device)
+        self.rest = torch.empty_like(self.scored) if fast else None
+        total = torch.zeros(points.shape[1], device=points.device)
+        for part in _parts(points, _BLOCK_ELEMENTS):
+            total += points[part].float().sum(0)
+        mean = total / len(points)
+        for part in _parts(points, _BLOCK_ELEMENTS):
+            block = points[part].float() - mean
+            block = block if metric is None else block @ metric
+            self.scored[part] = block
+            if self.rest is not None:
+                self.rest[part] = block - self.scored[part].float()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, which: slice | Tensor) -> Tensor:
+        found = self.scored[which].float()
+        return found if self.rest is None else found + self.rest[which].float()
+
+
+def _parts(points: Tensor | _Space, elements: int, width: int | None = None) -> Iterator[slice]:
+    """Slices of so many rows that `width` (default: their own) numbers for each are not more than `elements`."""
+    rows = max(1, elements // max(1, width or points.shape[1]))
     for start in range(0, len(points), rows):
-        torch.mm(points[start : start + rows] - mean, metric, out=space[start : start + rows])
-    return space
+        yield slice(start, min(start + rows, len(points)))
 
 
 def _assign(
-    scored: Tensor, space: Tensor, centers: Tensor, weights: Tensor
+    space: _Space, centers: Tensor, weights: Tensor, *, exact: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Nearest center of each point and the weighted squared distance to it, chunk by chunk."""
-    labels = torch.empty(len(space), dtype=torch.long, device=space.device)
-    candidates = centers.to(scored.dtype).T
+    labels = torch.empty(len(space), dtype=torch.long, device=centers.device)
+    cost = torch.empty(len(space), device=centers.device)
+    candidates = centers.T if exact else centers.to(space.scored.dtype).T
     half = centers.square().sum(1) / 2
-    rows = max(1, _CHUNK_ELEMENTS // len(centers))
-    for start in range(0, len(space), rows):
-        products = (scored[start : start + rows] @ candidates).float()  # (chunk, C)
-        labels[start : start + rows] = products.sub_(half).max(1).indices
-    rows = max(1, _CHUNK_ELEMENTS // space.shape[1])
-    cost = [
-        (part - centers[label]).square().sum(1)
-        for part, label in zip(space.split(rows), labels.split(rows), strict=True)
-    ]
-    return labels, torch.cat(cost) * weights
+    for part in _parts(space, _CHUNK_ELEMENTS, max(centers.shape)):
+        rows = space[part] if exact else space.scored[part]
+        labels[part] = (rows @ candidates).float().sub_(half).max(1).indices  # (chunk, C)
+    for part in _parts(space, _BLOCK_ELEMENTS):
+        cost[part] = (space[part] - centers[labels[part]]).square().sum(1)
+    return labels, cost * weights
 
 
-def _draw_seeds(scored: Tensor, space: Tensor, weights: Tensor, clusters: int, seed: int) -> Tensor:
+def _draw_seeds(space: _Space, weights: Tensor, clusters: int, seed: int) -> Tensor:
     """Indices of distinct points: candidates drawn with probability `w D²`, of which those are kept that gain most."""
     generator = torch.Generator().manual_seed(seed)
-    norms = space.square().sum(1)
-    chosen = torch.empty(0, dtype=torch.long, device=space.device)
+    scored = space.scored
+    norms = torch.cat([space[part].square().sum(1) for part in _parts(space, _BLOCK_ELEMENTS)])
+    chosen = torch.empty(0, dtype=torch.long, device=norms.device)
     distance = torch.full_like(norms, float(norms.max()) + 1)
     while len(chosen) < clusters:
         block = min(max(1, len(chosen) // 32), _SEED_BLOCK, clusters - len(chosen))
-        noise = torch.empty(len(space)).exponential_(generator=generator).to(space.device)
+        noise = torch.empty(len(space)).exponential_(generator=generator).to(norms.device)
         keys = distance * weights / noise  # the largest keys are a sample without replacement
         keys = torch.where(distance > 0, keys, -noise)  # only when nothing else is left
         keys[chosen] = -torch.inf
         fresh = keys.topk(min(_SEED_TRIALS * block, len(space) - len(chosen))).indices
-        gain = torch.zeros(len(fresh), device=space.device)
-        rows = max(1, _CHUNK_ELEMENTS // len(fresh))
-        for i in range(0, len(space), rows):
-            part = slice(i, i + rows)
+        gain = torch.zeros(len(fresh), device=norms.device)
+        for part in _parts(space, _CHUNK_ELEMENTS, len(fresh)):
             near = (scored[part] @ scored[fresh].T).float().mul_(2).sub_(norms[fresh])
             near.add_((distance[part] - norms[part])[:, None]).clamp_min_(0)
             gain += weights[part] @ near
         fresh = fresh[gain.topk(block).indices]
         chosen = torch.cat([chosen, fresh])
-        rows = max(1, _CHUNK_ELEMENTS // block)
-        for i in range(0, len(space), rows):
-            part = slice(i, i + rows)
+        for part in _parts(space, _CHUNK_ELEMENTS, block):
             near = (scored[part] @ scored[fresh].T).float().mul_(2).sub_(norms[fresh]).max(1).values
             distance[part] = torch.minimum(distance[part], norms[part] - near).clamp_min_(0)
         distance[fresh] = 0

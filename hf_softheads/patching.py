@@ -259,7 +259,7 @@ def _fitted_head(
             raise ValueError(
                 f"{path}.{name} is quantized ({tensor.dtype}); patch the head of the original model"
             )
-        bad = int((~torch.isfinite(tensor)).sum())
+        bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.split(8192))
         if bad:
             raise ValueError(
                 f"{path}.{name} holds {bad} NaN or infinite values; a fit would spread them"
@@ -274,7 +274,7 @@ def _fitted_head(
     if kernels == "require":
         _require(f"head {spec.name}", head.why_no_kernel())
     head.transform = bridge.logit_transform(model)
-    spec.fit(head, weight.detach().float(), None if bias is None else bias.detach().float(), stats)
+    spec.fit(head, weight.detach(), None if bias is None else bias.detach().float(), stats)
     cast(head, weight.dtype)
     head.requires_grad_(weight.requires_grad)
     head.train(dense.training)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec, index_dtype
-from hf_softheads.heads.fitting import linear_log_mass
+from hf_softheads.heads.fitting import blocks, in_chunks, linear_log_mass, progress, scores_of
 from hf_softheads.heads.metric import principal_directions
 from hf_softheads.kmeans import require_finite
 
@@ -81,14 +81,17 @@ class Adaptive(HeadSpec, name="adaptive"):
         first = self.cutoffs[0]
         head.weight[:first] = weight[order[:first]]
         states = stats.states[:_STATES].to(weight.device)
-        total = F.linear(states, weight.float(), bias).logsumexp(-1)
+        parts = progress(list(in_chunks(states, len(weight))), "dense log Σ exp")
+        total = torch.cat([scores_of(h, weight, bias).logsumexp(-1) for h in parts])
         for band, (start, stop) in enumerate(head.bands):
             mine = order[start:stop]
             seen = dataclasses.replace(stats, curvature=stats.curvature.to(weight.device)[mine])
             project, down = principal_directions(weight[mine], seen, len(head.down[band]))
-            head.up[band].copy_(weight[mine].float() @ project)
+            for which in blocks(len(mine)):
+                head.up[band][which] = weight[mine[which]].float() @ project
             head.down[band].copy_(down)
-            mass = head.band(states, band).logsumexp(-1)
+            parts = progress(list(in_chunks(states, len(mine))), f"band {band + 1}")
+            mass = torch.cat([head.band(h, band).logsumexp(-1) for h in parts])
             row, shift = linear_log_mass(states, mass, total)
             head.weight[first + band], head.band_bias[band] = row, shift
 

@@ -40,7 +40,10 @@ class HeadSpec(Spec, kind="head"):
         raise NotImplementedError
 
     def fit(self, head: Any, weight: Tensor, bias: Tensor | None, stats: HeadStats | None) -> None:
-        """Set the module's tensors from the trained `weight (V, D)` and `bias (V,)`, in place."""
+        """Set the module's tensors from the trained `weight (V, D)` and `bias (V,)`, in place.
+
+        `weight` has the model's own dtype and may be half of the memory: turn it into fp32 a block of rows at a time.
+        """
         raise NotImplementedError
 
     @classmethod

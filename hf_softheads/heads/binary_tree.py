@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec, index_dtype
+from hf_softheads.heads.fitting import blocks
 from hf_softheads.heads.metric import metric_root
 from hf_softheads.kmeans import require_finite
 
@@ -64,9 +65,14 @@ class BinaryTree(HeadSpec, name="binary_tree"):
         require_finite(weight, "output rows")
         gain = head.logit_scale
         root = None if stats is None else metric_root(stats, centred=True)[0]
-        order = bisected(weight if root is None else weight @ root.to(weight))
+        rows = torch.empty(weight.shape, device=weight.device)
+        for which in blocks(len(weight)):
+            part = weight[which].float()
+            rows[which] = part if root is None else part @ root.to(part)
+        order = bisected(rows)
         head.order.copy_(order)
-        rows = gain * weight[order]
+        for which in blocks(len(weight)):
+            rows[which] = gain * weight[order[which]].float()
         leaf_bias = torch.zeros_like(rows[:, 0]) if bias is None else gain * bias[order]
         centers, mass = torch.zeros_like(rows), torch.ones_like(leaf_bias)
         if stats is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
-from hf_softheads.heads.fitting import best_scale
+from hf_softheads.heads.fitting import best_scale, in_chunks, scores_of
 from hf_softheads.kmeans import require_finite
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Cosine(HeadSpec, name="cosine"):
     ) -> None:
         require_finite(weight, "output rows")
         head.weight.copy_(weight)
-        lengths = weight.norm(dim=-1)
+        lengths = head.weight.float().norm(dim=-1)
         if head.length is not None:
             head.length.copy_(lengths)
         if head.bias is not None and bias is not None:
@@ -66,8 +67,15 @@ class Cosine(HeadSpec, name="cosine"):
             head.scale.fill_(head.in_features**0.5 * typical)
             return
         states = stats.states[:_STATES].to(weight.device)
-        wanted = (head.logit_scale * F.linear(states, weight, bias)).softmax(-1)
-        head.scale.fill_(best_scale(head.logit_scale * head.directions(states), wanted))
+        gain = head.logit_scale
+
+        def parts() -> Iterator[tuple[Tensor, Tensor]]:
+            for h in in_chunks(states, len(weight)):
+                wanted = scores_of(h, weight, bias).mul_(gain).softmax(-1)
+                scores = gain * head.directions(h)
+                yield scores, (wanted * scores).sum(-1)
+
+        head.scale.fill_(best_scale(parts))
         head.states.fill_(len(states))
 
 

@@ -1,36 +1,84 @@
-"""Small fits that several heads share."""
+"""What the fits of several heads share: matrices in blocks of rows, without an fp32 copy, and small searches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-_STEPS = 30
+T = TypeVar("T")
+
+_ROWS = 4096  # of a matrix in fp32 at once
+_LOGITS = 2**24  # numbers held at once: 64 MiB in fp32
+_PATIENCE = 2  # seconds before a bar is shown
+_PASSES = 10
+_TRIED = 7  # numbers a pass
 _RIDGE = 1e-3
 
 
+def blocks(count: int) -> Iterator[slice]:
+    """Slices of `count` rows, each few enough to be held in fp32 several times."""
+    for start in range(0, count, _ROWS):
+        yield slice(start, min(start + _ROWS, count))
+
+
+def progress(steps: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """`steps` with a bar for those that take longer than a moment, where somebody looks."""
+    bar: Iterable[T] = tqdm(
+        steps, description, total, disable=None, leave=False, delay=_PATIENCE, mininterval=0.5
+    )
+    return bar
+
+
+def scores_of(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(states, weight, bias)` in fp32 for a weight of any dtype, `(S, V)`."""
+    states = states.float()
+    scores = states.new_empty(len(states), len(weight))
+    for which in blocks(len(weight)):
+        torch.mm(states, weight[which].float().T, out=scores[:, which])
+    return scores if bias is None else scores.add_(bias)
+
+
+def in_chunks(states: Tensor, vocab: int) -> Iterator[Tensor]:
+    """Hidden states `(S, D)` in parts so small that their logits can be held in fp32 several times."""
+    yield from states.split(max(1, _LOGITS // vocab))
+
+
 @torch.no_grad()
-def least_at(slope: Callable[[float], float], low: float, high: float) -> float:
-    """Where a convex function of a positive number is least, by bisection of its slope on a logarithmic scale."""
-    for _ in range(_STEPS):
-        middle = (low * high) ** 0.5
-        if slope(middle) < 0:
-            low = middle
-        else:
-            high = middle
+def least_at(slope: Callable[[Tensor], Tensor], low: float, high: float) -> float:
+    """Where a convex function of a positive number is least: between two of several at which `slope` was asked for.
+
+    `slope` takes numbers `(K,)` and gives the slopes there; the interval shrinks `K + 1` times a pass, on a
+    logarithmic scale.
+    """
+    for _ in progress(range(_PASSES), "scale"):
+        edges = torch.logspace(0, 1, _TRIED + 2, base=high / low, dtype=torch.float64) * low
+        falling = int((slope(edges[1:-1].float()) < 0).sum())
+        low, high = float(edges[falling]), float(edges[falling + 1])
     return float((low * high) ** 0.5)
 
 
 @torch.no_grad()
-def best_scale(scores: Tensor, wanted: Tensor, low: float = 1e-3, high: float = 1e3) -> float:
-    """The s of least `E KL(wanted ‖ softmax(s · scores))`; `scores` and probabilities `wanted` are `(N, V)`."""
-    target = (wanted * scores).sum(-1)
+def best_scale(
+    parts: Callable[[], Iterable[tuple[Tensor, Tensor]]], low: float = 1e-3, high: float = 1e3
+) -> float:
+    """The s of least `E KL(wanted ‖ softmax(s · scores))`.
 
-    def slope(scale: float) -> float:
-        return float((((scale * scores).softmax(-1) * scores).sum(-1) - target).mean())
+    `parts()` gives, again and again, the scores `(n, V)` of some states at a time and their mean under the wanted
+    probabilities, `(n,)`.
+    """
+
+    def slope(scales: Tensor) -> Tensor:
+        total = torch.zeros(len(scales), dtype=torch.float64)
+        for scores, target in parts():
+            for i, scale in enumerate(scales.tolist()):
+                mean = (scores * scale).softmax(-1).mul_(scores).sum(-1)
+                total[i] += float((mean - target).sum())
+        return total
 
     return least_at(slope, low, high)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.heads.fitting import in_chunks, progress, scores_of
 from hf_softheads.kmeans import require_finite
 
 if TYPE_CHECKING:
@@ -82,8 +83,9 @@ class Fourier(HeadSpec, name="fourier"):
         head.shift[0] = 1.0
         head.states.zero_()
         if head.rows is not None and head.level is not None:
-            mean = weight[head.start : head.stop].mean(0, keepdim=True)
-            head.rows.copy_(torch.cat([weight[head.others()], mean]))
+            head.rows[: head.start] = weight[: head.start]
+            head.rows[head.start : -1] = weight[head.stop :]
+            head.rows[-1] = weight[head.start : head.stop].float().mean(0)
             head.level.fill_(math.log(head.stop - head.start))
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias)
@@ -94,26 +96,35 @@ class Fourier(HeadSpec, name="fourier"):
     def _distil(
         self, head: FourierHead, weight: Tensor, states: Tensor, generator: torch.Generator
     ) -> None:
-        """KL from the dense probabilities; the dense bias is added to both, so it is left out here."""
-        trained = [head.weight, head.shift]
+        """KL from the dense probabilities; the dense bias is added to both, so it is left out here.
+
+        Of the other tokens, whose rows stay, only their `log Σ exp` counts.
+        """
+        gain = head.logit_scale
+        trained = [head.weight.data, head.shift.data]
         if head.rows is not None and head.level is not None:
-            trained += [head.rows, head.level]
-        masters = [p.detach().float().requires_grad_() for p in trained]
-        names = [name for name, p in head.named_parameters() if any(p is t for t in trained)]
+            trained += [head.rows.data[-1:], head.level.data]
+            others = _others(head, weight, states)
+        masters = [t.float().clone().requires_grad_() for t in trained]
         optimizer = torch.optim.Adam(masters, lr=_RATE)
-        for step in range(_STEPS):
-            chosen = torch.randint(len(states), (_BATCH,), generator=generator)
-            h = states[chosen.to(states.device)]
-            wanted = (head.logit_scale * F.linear(h, weight)).softmax(-1)
+        for step in progress(range(_STEPS), "density"):
+            chosen = torch.randint(len(states), (_BATCH,), generator=generator).to(states.device)
+            h = states[chosen]
+            wanted = gain * scores_of(h, weight[head.start : head.stop])
+            if head.rows is not None:
+                wanted = torch.cat([wanted, others[chosen, None]], 1)
+            wanted = wanted.softmax(-1)
             for group in optimizer.param_groups:
                 group["lr"] = _RATE * 0.5 * (1 + math.cos(math.pi * step / _STEPS))
             with torch.enable_grad():
-                given = dict(zip(names, masters, strict=True))
-                scores = torch.func.functional_call(head, {**given, **_without_bias(head)}, (h,))
-                log_q = (head.logit_scale * scores).log_softmax(-1)
-                loss = -(wanted * log_q).sum(-1).mean()
+                coefficients = F.linear(h, masters[0], masters[1])
+                scores = head.density_of(coefficients).log()
+                if head.rows is not None:
+                    together = gain * (F.linear(h, masters[2]) + masters[3])
+                    scores = torch.cat([scores + together, others[chosen, None]], 1)
+                loss = -(wanted * scores.log_softmax(-1)).sum(-1).mean()
                 if self.smoothness:
-                    loss = loss + self.smoothness * _roughness(F.linear(h, masters[0], masters[1]))
+                    loss = loss + self.smoothness * _roughness(coefficients)
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
@@ -121,8 +132,14 @@ class Fourier(HeadSpec, name="fourier"):
             parameter.copy_(master)
 
 
-def _without_bias(head: FourierHead) -> dict[str, Tensor]:
-    return {} if head.bias is None else {"bias": torch.zeros_like(head.bias)}
+def _others(head: FourierHead, weight: Tensor, states: Tensor) -> Tensor:
+    """`log Σ exp` of the dense logits of the tokens that are not ordinal, `(S,)`."""
+    found = []
+    for h in progress(list(in_chunks(states, len(weight))), "other tokens"):
+        z = scores_of(h, weight).mul_(head.logit_scale)
+        z[:, head.start : head.stop] = -torch.inf
+        found.append(z.logsumexp(-1))
+    return torch.cat(found)
 
 
 def _roughness(coefficients: Tensor) -> Tensor:
@@ -167,7 +184,11 @@ class FourierHead(Head):
 
     def density(self, hidden: Tensor) -> Tensor:
         """Probabilities of the ordinal tokens among themselves plus 1e-5, `(…, n)` fp32."""
-        real, imaginary = (F.linear(hidden, self.weight).float() + self.shift).chunk(2, -1)
+        return self.density_of(F.linear(hidden, self.weight).float() + self.shift)
+
+    def density_of(self, coefficients: Tensor) -> Tensor:
+        """The same from the real and imaginary parts, `(…, 2 (N + 1))`."""
+        real, imaginary = coefficients.chunk(2, -1)
         cosines, sines = self._waves()
         along = real @ cosines - imaginary @ sines
         across = real @ sines + imaginary @ cosines

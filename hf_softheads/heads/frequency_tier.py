@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.fitting import linear_log_odds
+from hf_softheads.heads.fitting import in_chunks, linear_log_odds, progress, scores_of
 from hf_softheads.heads.vq import VQHead
 from hf_softheads.kmeans import require_finite
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
 
 _STATES = 4096  # hidden states that the tail is fitted to
-_CHUNK_ELEMENTS = 2**24  # logits held at once
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,8 @@ def _tail(
     known, mass = [], []
     inside = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
     inside[rest] = False
-    for h in states.split(max(1, _CHUNK_ELEMENTS // len(weight))):
-        z = transform(F.linear(h, weight.float(), bias))
+    for h in progress(list(in_chunks(states, len(weight))), "tail"):
+        z = transform(scores_of(h, weight, bias))
         known.append(z[:, inside].logsumexp(-1))
         mass.append(z[:, rest].logsumexp(-1))
     row, shift = linear_log_odds(states, torch.cat(known), torch.cat(mass))
@@ -123,8 +121,8 @@ class FrequencyTierHead(VQHead):
         seen = (counts.double() + stats.mean_prob.double()).argsort(descending=True, stable=True)
         inside = torch.zeros(stats.vocab, dtype=torch.bool)
         inside[seen[: self.singletons]] = True
-        chunks = states.split(max(1, _CHUNK_ELEMENTS // stats.vocab))
-        greedy = torch.cat([F.linear(h, weight.float(), bias).argmax(-1) for h in chunks]).cpu()
+        chunks = progress(list(in_chunks(states, stats.vocab)), "coverage")
+        greedy = torch.cat([scores_of(h, weight, bias).argmax(-1) for h in chunks]).cpu()
         shares = torch.stack([inside[labels], inside[greedy]]).double().mean(1)
         self.millionths.copy_((1e6 * shares).round())
 

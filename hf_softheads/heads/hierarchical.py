@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec, index_dtype
+from hf_softheads.heads.fitting import blocks, in_chunks, progress, scores_of
 from hf_softheads.heads.metric import metric_root
 from hf_softheads.heads.outer import OuterHead, OuterSpec
 from hf_softheads.kmeans import kmeans, require_finite, weighted_means
@@ -70,8 +71,6 @@ class Hierarchical(OuterSpec, name="hierarchical"):
         self, head: HierarchicalHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
     ) -> None:
         require_finite(weight, "output rows")
-        head.inner.transform = head.transform
-        super().fit(head, weight, bias, stats)
         vocab = len(weight)
         mass = torch.ones(vocab, device=weight.device)
         root = None
@@ -96,18 +95,22 @@ class Hierarchical(OuterSpec, name="hierarchical"):
         head.weight.copy_(rows)
         head.shift.copy_(shifts)
         head.states.fill_(states)
+        head.inner.transform = head.transform
+        super().fit(head, weight, bias, stats)
 
 
 def _tangents(
     weight: Tensor, bias: Tensor | None, labels: Tensor, centers: Tensor, gain: float
 ) -> tuple[Tensor, Tensor]:
     """Row and shift of the tangent of `log Σ_{v in class} exp(gain · z_v) / gain` at each class's center."""
-    z = gain * (weight * centers[labels]).sum(-1)
-    if bias is not None:
-        z = z + gain * bias
+    parts = list(blocks(len(weight)))
+    z = torch.cat([(weight[part].float() * centers[labels[part]]).sum(-1) for part in parts])
+    z = gain * (z if bias is None else z + bias)
     total = within_classes(z, labels, len(centers))
     share = (z - total[labels]).exp()
-    rows = torch.zeros_like(centers).index_add_(0, labels, weight * share[:, None])
+    rows = torch.zeros_like(centers)
+    for part in parts:
+        rows.index_add_(0, labels[part], weight[part].float() * share[part, None])
     return rows, total / gain - (rows * centers).sum(-1)
 
 
@@ -124,8 +127,8 @@ def _refine(
     classes = len(rows)
     wanted = torch.cat(
         [
-            within_classes(gain * F.linear(h, weight, bias), labels, classes).softmax(-1)
-            for h in states.split(max(1, 2**24 // len(weight)))
+            within_classes(gain * scores_of(h, weight, bias), labels, classes).softmax(-1)
+            for h in progress(list(in_chunks(states, len(weight))), "classes")
         ]
     )
     moment = states.T @ states / len(states)

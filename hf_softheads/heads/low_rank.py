@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.dense import Dense
+from hf_softheads.heads.fitting import blocks
 from hf_softheads.heads.metric import principal_directions
 from hf_softheads.heads.outer import OuterHead
 from hf_softheads.heads.rows import RowsHead, rate_by_size
@@ -68,6 +69,10 @@ class LowRank(HeadSpec, name="low_rank"):
     ) -> None:
         require_finite(weight, "output rows")
         project, down = principal_directions(weight, stats, self.rank)
+        plain = isinstance(head, LowRankHead)
+        rows = head.weight if plain else torch.empty(len(weight), self.rank, device=weight.device)
+        for which in blocks(len(weight)):
+            rows[which] = weight[which].float() @ project
         if isinstance(head, ProjectedHead):
             # any rotation does; a random one spreads the rows over the columns, which saves bits
             generator = torch.Generator().manual_seed(0)
@@ -76,9 +81,8 @@ class LowRank(HeadSpec, name="low_rank"):
             project, down = project @ rotation.T, rotation @ down
             head.weight.copy_(down)
             seen = None if stats is None else projected(stats, head.weight.float())
-            self.inner.fit(head.inner_alike(), weight.float() @ project, bias, seen)
+            self.inner.fit(head.inner_alike(), rows, bias, seen)
             return
-        head.weight.copy_(weight.float() @ project)
         head.down.copy_(down)
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.fitting import blocks
 from hf_softheads.heads.metric import local_moments, principal_directions
 from hf_softheads.heads.quantized import Quantized, QuantizedHead, quantize_rows
 from hf_softheads.kmeans import require_finite
@@ -60,14 +61,19 @@ class LowRankResidual(HeadSpec, name="low_rank_residual"):
     ) -> None:
         require_finite(weight, "output rows")
         metrics = None if stats is None else local_moments(stats, weight)
-        missed = weight.float()
+        codes = None
         for _ in range(_ROUNDS):
-            project, down = principal_directions(missed, stats, self.rank)
-            head.up.copy_((missed @ project).bfloat16())
+            project, down = principal_directions(weight, stats, self.rank, codes)
+            for which in blocks(len(weight)):
+                missed = weight[which].float()
+                missed = missed if codes is None else missed - codes(which)
+                head.up[which] = (missed @ project).bfloat16()
             head.down.copy_(down.bfloat16())
-            rest = weight.float() - head.up @ head.down
-            head.store(*quantize_rows(rest, self.bits, head.group, metrics))
-            missed = weight.float() - head.codes_only(slice(None))
+            found = quantize_rows(
+                weight, self.bits, head.group, metrics, lambda which: head.up[which] @ head.down
+            )
+            head.store(*found)
+            codes = head.codes_only
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias)
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_softheads.heads.fitting import blocks, in_chunks, progress, scores_of
 from hf_softheads.kmeans import kmeans
 
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
 
-_ROWS = 8192  # rows in fp32 at once
 _DAMPING = 1e-3  # of the mean variance, added to every direction: directions never seen still cost a little
 
 
@@ -42,53 +43,66 @@ def local_moments(stats: HeadStats, weight: Tensor, clusters: int = 32) -> tuple
     device = weight.device
     root, inverse = (r.to(device) for r in metric_root(stats))
     whole = root @ root.T
-    contexts = stats.prob_weighted_mean
-    places = torch.empty(contexts.shape, device=device)
-    for part, out in zip(contexts.split(_ROWS), places.split(_ROWS), strict=True):
-        out.copy_(part.to(device, torch.float64) @ inverse.T)
-    labels = kmeans(places, min(clusters, len(weight)), weights=stats.curvature.to(device)).labels
+    labels = kmeans(
+        stats.prob_weighted_mean.to(device),
+        min(clusters, len(weight)),
+        weights=stats.curvature.to(device),
+        metric=inverse.T,
+        description="contexts",
+    ).labels
     member = F.one_hot(labels).float()
     states = stats.states.to(device)
     moments = torch.zeros(member.shape[1], *whole.shape, dtype=torch.float64, device=device)
     mass = torch.zeros(2, member.shape[1], dtype=torch.float64, device=device)
-    for h in states.split(max(1, 2**24 // len(weight))):
-        p = F.linear(h, weight.float()).softmax(-1)
-        share = ((p - p.square()) @ member).double()  # (S, C)
+    parts = list(in_chunks(states, len(weight)))
+    for h in progress(parts, "moments of contexts"):
+        p = scores_of(h, weight).softmax(-1)
+        share = (p.mul_(1 - p) @ member).double()  # (S, C)
         mass += torch.stack([share.sum(0), share.square().sum(0)])
-        for cluster in range(len(moments)):
-            moments[cluster] += (h.double() * share[:, cluster, None]).T @ h.double()
+        for cluster, moment in enumerate(moments):
+            moment += (h.double() * share[:, cluster, None]).T @ h.double()
     effective = mass[0].square() / mass[1].clamp_min(
         1e-30
     )  # states that a moment was estimated from
-    trust = (effective / (effective + len(whole)))[:, None, None]
-    moments = moments / mass[0].clamp_min(1e-30)[:, None, None]
-    moments = trust * moments + (1 - trust) * whole
-    traces = moments.diagonal(dim1=1, dim2=2).sum(1)
-    return labels, moments * (whole.trace() / traces)[:, None, None]
+    trust = effective / (effective + len(whole))
+    for own, moment, t in zip(mass[0].clamp_min(1e-30), moments, trust, strict=True):
+        moment.mul_(t / own).add_((1 - t) * whole)
+        moment.mul_(whole.trace() / moment.trace())
+    return labels, moments
 
 
 @torch.no_grad()
 def principal_directions(
-    weight: Tensor, stats: HeadStats | None, rank: int
+    weight: Tensor,
+    stats: HeadStats | None,
+    rank: int,
+    less: Callable[[slice], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`P (D, rank)`, `B (rank, D)`: `W P B` is the rank-r matrix of least expected squared logit error.
 
     The error is `Σ_v λ_v E[((ŵ_v - w_v)·h)²]`, `λ` the softmax curvature; without statistics all weights are 1 and
-    the metric is plain, which is the truncated SVD of W.
+    the metric is plain, which is the truncated SVD of W. `less`: see `weighted_moment`.
     """
     share = torch.ones(len(weight), device=weight.device)
     root = inverse = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
     if stats is not None:
         share = stats.curvature.to(weight.device)
         root, inverse = (r.to(weight.device) for r in metric_root(stats))
-    moment = root.T @ weighted_moment(weight, share).double() @ root
+    moment = root.T @ weighted_moment(weight, share, less).double() @ root
     vectors = torch.linalg.eigh(moment)[1].flip(1)[:, :rank]
     return (root @ vectors).float(), (vectors.T @ inverse).float()
 
 
-def weighted_moment(weight: Tensor, share: Tensor) -> Tensor:
-    """`Σ_v share_v w_v w_vᵀ / Σ share`, `(D, D)` fp32, a block of rows at a time."""
+def weighted_moment(
+    weight: Tensor, share: Tensor, less: Callable[[slice], Tensor] | None = None
+) -> Tensor:
+    """`Σ_v share_v w_v w_vᵀ / Σ share`, `(D, D)` fp32, a block of rows at a time.
+
+    `less`: what is taken from some rows of `weight` before; broadcast to `(n, D)`.
+    """
     total = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
-    for part, s in zip(weight.split(_ROWS), share.split(_ROWS), strict=True):
-        total += (part.float() * s[:, None]).T @ part.float()
+    for which in blocks(len(weight)):
+        part = weight[which].float()
+        part = part if less is None else part - less(which)
+        total += (part * share[which, None]).T @ part
     return total / share.sum()

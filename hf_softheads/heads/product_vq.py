@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.compiled import CompiledHead
-from hf_softheads.heads.metric import metric_root
+from hf_softheads.heads.fitting import blocks, progress
+from hf_softheads.heads.metric import metric_root, weighted_moment
 from hf_softheads.heads.packing import PARTS, pack_bits, unpack_bits
 from hf_softheads.kernels.product_vq import make_tiles, product_vq_scores
 from hf_softheads.kmeans import kmeans, nearest, require_finite
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
 
 _FITTED_ROWS = 32768  # codebooks are fitted to so many rows, those that matter most
+_ELEMENTS = 2**24  # coordinates of rows held at once
 
 
 @dataclass(frozen=True)
@@ -79,19 +82,19 @@ class ProductVQ(HeadSpec, name="product_vq"):
             root, inverse = metric_root(stats)
         forward, backward = root.to(weight.device).float(), inverse.to(weight.device).float()
         if head.basis is not None:
-            rotation = _balanced_rotation(weight @ forward, importance, self.groups)
+            moment = root.T @ weighted_moment(weight, importance).to(root) @ root
+            rotation = _balanced_rotation(moment, self.groups).to(weight.device)
             forward, backward = forward @ rotation, rotation.T @ backward
             head.basis.copy_(backward)
         train = importance.topk(min(vocab, _FITTED_ROWS)).indices.sort().values
         codes = torch.empty(vocab, self.groups, dtype=torch.uint8, device=weight.device)
         width = dim // self.groups
-        for group in range(self.groups):
-            mine = slice(group * width, (group + 1) * width)
-            if head.basis is not None:
-                points, metric = weight @ forward[:, mine], None
-            else:  # the part of the metric that lies within the group
-                moment = forward[mine] @ forward[mine].T
-                points, metric = weight[:, mine], torch.linalg.cholesky(moment)
+        parts = enumerate(_parts(weight, None if head.basis is None else forward, width))
+        for group, points in progress(parts, "groups", self.groups):
+            metric = None
+            if head.basis is None:  # the part of the metric that lies within the group
+                own = forward[group * width : (group + 1) * width]
+                metric = torch.linalg.cholesky(own @ own.T)
             found = kmeans(
                 points[train], self.codes, weights=importance[train], metric=metric, seed=self.seed
             )
@@ -103,10 +106,24 @@ class ProductVQ(HeadSpec, name="product_vq"):
             head.bias.copy_(bias)
 
 
-def _balanced_rotation(points: Tensor, importance: Tensor, groups: int) -> Tensor:
-    """Principal directions `(D, D)` of weighted points, dealt out so that groups have equal products of variances."""
-    moment = (points * importance[:, None]).double().T @ points.double()
-    values, vectors = torch.linalg.eigh(moment / importance.sum().double())
+def _parts(weight: Tensor, forward: Tensor | None, width: int) -> Iterator[Tensor]:
+    """`weight @ forward`, `width` columns at a time, `(V, width)` fp32; several are computed together."""
+    vocab, dim = weight.shape
+    step = max(1, _ELEMENTS // (vocab * width)) * width
+    for first in range(0, dim, step):
+        columns = slice(first, min(first + step, dim))
+        points = torch.empty(vocab, columns.stop - first, device=weight.device)
+        for which in blocks(vocab):
+            if forward is None:
+                points[which] = weight[which, columns].float()
+            else:
+                points[which] = weight[which].float() @ forward[:, columns]
+        yield from points.split(width, 1)
+
+
+def _balanced_rotation(moment: Tensor, groups: int) -> Tensor:
+    """Principal directions `(D, D)` of a second moment, dealt out so that groups have equal products of variances."""
+    values, vectors = torch.linalg.eigh(moment)
     room = len(values) // groups
     content: list[list[int]] = [[] for _ in range(groups)]
     size = [0.0] * groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.compiled import CompiledHead
+from hf_softheads.heads.fitting import blocks, progress
 from hf_softheads.heads.metric import local_moments
 from hf_softheads.heads.packing import PARTS, pack_bits, unpack_bits
 from hf_softheads.heads.rounding import nearest_code, round_through, round_with_feedback
@@ -72,9 +74,16 @@ class Quantized(HeadSpec, name="quantized"):
 
 
 def quantize_rows(
-    weight: Tensor, bits: int, group: int, metrics: tuple[Tensor, Tensor] | None
+    weight: Tensor,
+    bits: int,
+    group: int,
+    metrics: tuple[Tensor, Tensor] | None,
+    less: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scales `(V, D / group)` and codes `(V, D)` of `weight (V, D)`; `metrics` as `local_moments` gives them."""
+    """Scales `(V, D / group)` and codes `(V, D)` of `weight (V, D)`; `metrics` as `local_moments` gives them.
+
+    `less`: what is taken from some rows of `weight` before.
+    """
     vocab, dim = weight.shape
     device = weight.device
     if metrics is None:
@@ -85,15 +94,18 @@ def quantize_rows(
     last = torch.full((dim,), 2.0**bits - 1, device=device)
     scales = torch.empty(vocab, dim // group, device=device)
     codes = torch.empty(vocab, dim, dtype=torch.uint8, device=device)
-    for cluster, moment in enumerate(moments):
+    parts = [
+        (moment, mine)
+        for cluster, moment in enumerate(moments)
+        for mine in (labels == cluster).nonzero().flatten().split(_ROWS)
+    ]
+    for moment, mine in progress(parts, f"{bits} bits"):
+        rows = weight[mine].float()
+        rows = rows if less is None else rows - less(mine)
+        scales[mine] = _group_scales(rows, moment.diagonal().float(), bits, group)
+        step = scales[mine].repeat_interleave(group, 1)
         order = moment.diagonal().argsort(descending=True)
-        for mine in (labels == cluster).nonzero().flatten().split(_ROWS):
-            rows = weight[mine].float()
-            scales[mine] = _group_scales(rows, moment.diagonal().float(), bits, group)
-            step = scales[mine].repeat_interleave(group, 1)
-            codes[mine] = round_with_feedback(
-                rows, step, step * (-last[0] / 2), last, moment, order
-            )
+        codes[mine] = round_with_feedback(rows, step, step * (-last[0] / 2), last, moment, order)
     return scales, codes
 
 
@@ -146,9 +158,10 @@ class QuantizedHead(CompiledHead):
         return unpack_bits(self.packed(), self.bits, self.in_features)
 
     def pack(self, codes: Tensor) -> None:
-        codes = codes.clamp_max(2**self.bits - 1).to(torch.uint8)
-        for packed, new in zip(self.packed(), pack_bits(codes, self.bits), strict=True):
-            packed.copy_(new)
+        for which in blocks(len(codes)):
+            part = codes[which].clamp_max(2**self.bits - 1).to(torch.uint8)
+            for packed, new in zip(self.packed(), pack_bits(part, self.bits), strict=True):
+                packed[which] = new
 
     def rows(self, which: slice | Tensor) -> Tensor:
         if self.latent is None:

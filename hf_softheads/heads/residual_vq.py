@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import HeadSpec, index_dtype
+from hf_softheads.heads.fitting import blocks, progress
 from hf_softheads.heads.metric import metric_root
 from hf_softheads.heads.rows import RowsHead
 from hf_softheads.kmeans import kmeans, require_finite, weighted_means
@@ -69,53 +70,69 @@ class ResidualVQ(HeadSpec, name="residual_vq"):
             share = stats.curvature.to(weight.device)
             root, inverse = (r.to(weight.device).float() for r in metric_root(stats))
         train = share.topk(min(vocab, _FITTED_ROWS)).indices.sort().values
-        points, mass = weight[train].float() @ root, share[train]
-        rest, books = (
-            points.clone(),
-            torch.empty(self.stages, self.codes, dim, device=weight.device),
-        )
+        mass = share[train]
+        points = torch.empty(len(train), dim, device=weight.device)
+        for which in blocks(len(train)):
+            points[which] = weight[train[which]].float() @ root
+        rest = points.clone()
+        books = torch.empty(self.stages, self.codes, dim, device=weight.device)
         for stage in range(self.stages):
-            found = kmeans(rest, self.codes, weights=mass, seed=self.seed + stage)
+            description = f"stage {stage + 1} of {self.stages}"
+            found = kmeans(
+                rest, self.codes, weights=mass, seed=self.seed + stage, description=description
+            )
             books[stage] = found.centers
-            rest -= found.centers[found.labels]
+            _add(rest, found.centers, found.labels, -1)
         for _ in range(_ROUNDS if self.stages > 1 else 0):
             codes = _beam_search(points, books, self.beam)
-            for stage in range(self.stages):
-                others = points - _sum(books, codes) + books[stage, codes[:, stage]]
-                used = torch.bincount(codes[:, stage], minlength=self.codes) > 0
-                means = weighted_means(others, codes[:, stage], self.codes, mass)
-                books[stage] = torch.where(used[:, None], means, books[stage])
-        for start in range(0, vocab, 8192):
-            part = weight[start : start + 8192].float() @ root
-            head.codes[start : start + 8192] = _beam_search(part, books, self.beam).to(
-                head.codes.dtype
-            )
+            rest.copy_(points)
+            for book, code in zip(books, codes.T, strict=True):
+                _add(rest, book, code, -1)
+            for book, code in zip(books, codes.T, strict=True):
+                _add(rest, book, code, 1)
+                used = torch.bincount(code, minlength=self.codes) > 0
+                means = weighted_means(rest, code, self.codes, mass)
+                book.copy_(torch.where(used[:, None], means, book))
+                _add(rest, book, code, -1)
+        del points, rest
+        for which in progress(list(blocks(vocab)), "codes"):
+            part = weight[which].float() @ root
+            head.codes[which] = _beam_search(part, books, self.beam).to(head.codes.dtype)
         head.weight.copy_(books @ inverse)
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias)
 
 
-def _sum(books: Tensor, codes: Tensor) -> Tensor:
-    return torch.stack([book[codes[:, s]] for s, book in enumerate(books)]).sum(0)
+def _add(points: Tensor, book: Tensor, codes: Tensor, sign: int) -> None:
+    """Add `sign` times its entry of the codebook to each point, in place, a block of rows at a time."""
+    for which in blocks(len(points)):
+        points[which].add_(book[codes[which]], alpha=sign)
 
 
 def _beam_search(points: Tensor, books: Tensor, beam: int) -> Tensor:
-    """Codes `(N, S)` whose sum is near each point: the `beam` best partial sums survive a stage."""
-    _, codes, dim = books.shape
+    """Codes `(N, S)` whose sum is near each point: the `beam` best partial sums survive a stage.
+
+    `‖x - Σ c‖²` needs only the products of a point with all entries and of the entries with each other.
+    """
+    stages, codes, dim = books.shape
+    entries = books.flatten(0, 1)
+    tables = [entries[: s * codes] @ (2 * book).T for s, book in enumerate(books)]
     norms = books.square().sum(-1)
     found = []
-    for part in points.split(max(1, _ELEMENTS // (beam * max(codes, dim)))):
+    parts = points.split(max(1, _ELEMENTS // (max(beam, stages) * max(codes, dim))))
+    for part in progress(parts, "beam search"):
         count = len(part)
-        rest = part.unsqueeze(1)  # (n, 1, D): what is left after each kept partial sum
-        cost = part.square().sum(-1, keepdim=True)
+        alone = norms - 2 * (part @ entries.T).view(count, stages, codes)
+        cost = part.square().sum(-1, keepdim=True)  # (n, kept)
         chosen = torch.empty(count, 1, 0, dtype=torch.long, device=points.device)
-        for book, norm in zip(books, norms, strict=True):
-            trial = cost.unsqueeze(-1) + norm - 2 * (rest @ book.T)  # (n, kept, C)
+        for stage in range(stages):
+            trial = cost.unsqueeze(-1) + alone[:, stage, None]  # (n, kept, C)
+            for earlier in range(stage):
+                trial += F.embedding(chosen[..., earlier] + earlier * codes, tables[stage])
             cost, best = trial.flatten(1).topk(min(beam, trial[0].numel()), largest=False)
             kept, code = best // codes, best % codes
-            before = chosen.gather(1, kept.unsqueeze(-1).expand(-1, -1, chosen.shape[-1]))
+            before = chosen.gather(1, kept.unsqueeze(-1).expand(-1, -1, stage))
             chosen = torch.cat([before, code.unsqueeze(-1)], -1)
-            rest = rest.gather(1, kept.unsqueeze(-1).expand(-1, -1, dim)) - book[code]
         found.append(chosen[:, 0])
     return torch.cat(found)
 

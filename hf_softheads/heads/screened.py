@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.dense import Dense
+from hf_softheads.heads.fitting import in_chunks, progress, scores_of
 from hf_softheads.kernels import why_not
 from hf_softheads.kernels.screened import largest, logsumexp
 
@@ -81,8 +81,8 @@ class Screened(HeadSpec, name="screened"):
     def fit(
         self, head: ScreenedHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
     ) -> None:
-        self.inner.fit(head.inner, weight, bias, stats)
         self.screen.fit(head.screen, weight, bias, stats)
+        self.inner.fit(head.inner, weight, bias, stats)
         head.weight.zero_()
         if stats is not None:
             head.calibrate(stats.states[:STATES].to(weight.device), weight, bias)
@@ -199,8 +199,10 @@ class ScreenedHead(Head):
         """Set `weight` so that the mean of `log Σ exp` on these hidden states is that of the dense head."""
         transform = self.transform or (lambda z: z)
         true, exact, rest = [], [], []
-        for h in states.split(max(1, 2**24 // self._width)):
-            true.append(transform(F.linear(h, weight.float(), bias)).logsumexp(-1))
+        for h in in_chunks(states, len(weight)):
+            true.append(transform(scores_of(h, weight, bias)).logsumexp(-1))
+        parts = states.split(max(1, 2**24 // self._width))
+        for h in progress(parts, "tail of the screen"):
             previews = self.screen.scores(h).float()
             tokens = previews.topk(self.candidates, -1).indices
             exact.append(transform(self.inner.score(h, tokens)).logsumexp(-1))

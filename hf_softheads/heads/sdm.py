@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec, index_dtype
-from hf_softheads.heads.fitting import best_scale
+from hf_softheads.heads.fitting import best_scale, in_chunks
 from hf_softheads.heads.outer import OuterHead, OuterSpec
 
 if TYPE_CHECKING:
@@ -84,13 +84,20 @@ class SDM(OuterSpec, name="sdm"):
         kept, rest = stats.states[:count], stats.states[count : 2 * count].to(weight.device)
         head.keys.copy_(kept)
         labels = stats.labels[:count].to(weight.device)
-        guesses = head.inner.scores(kept.to(weight.device)).argmax(-1)
+        chunks = in_chunks(kept.to(weight.device), len(weight))
+        guesses = torch.cat([head.inner.scores(h).argmax(-1) for h in chunks])
         head.labels.copy_(torch.where(guesses == labels, labels, -1))
         head.distances.copy_(head.nearest(rest)[0][:, 0].sort().values)
-        scores = head.inner.scores(rest).float()
-        scores = scores * head.logit_scale * head.exponent(rest, scores)[0]
-        truth = F.one_hot(stats.labels[count : 2 * count].to(weight.device), len(weight)).float()
-        head.weight.fill_(best_scale(scores, truth))
+        truth = stats.labels[count : 2 * count].to(weight.device)
+
+        def parts() -> Iterator[tuple[Tensor, Tensor]]:
+            size = len(weight)
+            for h, y in zip(in_chunks(rest, size), in_chunks(truth, size), strict=True):
+                scores = head.inner.scores(h).float()
+                scores = scores * (head.logit_scale * head.exponent(h, scores)[0])
+                yield scores, scores.gather(-1, y[:, None]).squeeze(-1)
+
+        head.weight.fill_(best_scale(parts))
 
 
 class SDMHead(OuterHead):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
-from hf_softheads.heads.fitting import least_at
+from hf_softheads.heads.fitting import in_chunks, least_at
 from hf_softheads.heads.outer import OuterHead, OuterSpec
 
 if TYPE_CHECKING:
@@ -60,11 +60,16 @@ class SVM(OuterSpec, name="svm"):
             return
         states = stats.states[:_STATES].to(weight.device)
         labels = stats.labels[:_STATES].to(weight.device)
-        scores = head.inner.scores(states).float() * head.logit_scale
-        excess = scores - scores.gather(-1, labels[:, None])
+        gain, vocab = head.logit_scale, len(weight)
 
-        def slope(scale: float) -> float:
-            return float((excess * (1 + scale * excess > 0)).sum(-1).mean())
+        def slope(scales: Tensor) -> Tensor:
+            total = torch.zeros(len(scales), dtype=torch.float64)
+            for h, y in zip(in_chunks(states, vocab), in_chunks(labels, vocab), strict=True):
+                scores = head.inner.scores(h).float() * gain
+                excess = scores - scores.gather(-1, y[:, None])
+                for i, scale in enumerate(scales.tolist()):
+                    total[i] += float((excess * (1 + scale * excess > 0)).sum())
+            return total
 
         head.weight.fill_(least_at(slope, 1e-3, 1e3))
         head.fitted.fill_(len(states))

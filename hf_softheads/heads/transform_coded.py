@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.bit_allocation import STEP, water_fill
 from hf_softheads.heads.compiled import CompiledHead
+from hf_softheads.heads.fitting import blocks, progress
 from hf_softheads.heads.metric import local_moments, metric_root, weighted_moment
 from hf_softheads.heads.packing import PARTS, pack, unpack
 from hf_softheads.heads.rounding import nearest_code, round_through, round_with_feedback
@@ -24,11 +25,10 @@ from hf_softheads.kmeans import require_finite
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
 
-# Error and step of the best uniform quantizer of a unit Gaussian with 0 … 8 bits (Max 1960).
-_ERROR = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.001041, 0.0003035, 0.0000869)
-_STEP = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 _STRETCH = (0.75, 0.85, 0.93, 1.0, 1.08, 1.18, 1.3, 1.5)  # of the step, tried on the data
 _BLOCK = 4096
+_ROWS = 8192  # rounded at once
+_COLUMNS = 64  # packed at once
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,11 @@ class TransformCoded(HeadSpec, name="transform_coded"):
             root, inverse = (r.to(device) for r in metric_root(stats))
             labels, moments = local_moments(stats, weight)
         share = importance / importance.sum()
-        center = (share @ weight.float()).bfloat16().float()  # what the softmax does not see
-        moment = root.T @ weighted_moment(weight.float() - center, share).double() @ root
+        center = torch.zeros(dim, device=device)  # what the softmax does not see
+        for which in blocks(vocab):
+            center += share[which] @ weight[which].float()
+        center = center.bfloat16().float()
+        moment = root.T @ weighted_moment(weight, share, lambda _: center).double() @ root
         vectors = torch.linalg.eigh(moment)[1].flip(1)[:, : self.rank or dim]
         basis = vectors.T @ inverse
         scale = basis.abs().amax(1).div(7).bfloat16().double()
@@ -114,23 +117,34 @@ class TransformCoded(HeadSpec, name="transform_coded"):
         energy = torch.empty(self.tiers, len(basis), device=device)
         for tier, (start, stop) in enumerate(head.ranges):
             mine = tokens[start:stop]
-            points = (weight[mine].float() - center) @ project
-            deviation = points.square().mean(0).sqrt().clamp_min(1e-30)
-            gains[start:stop] = _gain_code((points / deviation).square().mean(1).sqrt())
+            points = _coordinates(weight, mine, center, project)
+            deviation = (points.norm(dim=0) / len(points) ** 0.5).clamp_min(1e-30)
+            for which in blocks(len(points)):
+                size = (points[which] / deviation).square().mean(1).sqrt()
+                gains[start:stop][which] = _gain_code(size)
             gain = _gain_value(gains[start:stop])
-            spread = (points / gain[:, None]).var(0, correction=0)
+            spread = points.div_(gain[:, None]).var(0, correction=0)
             energy[tier] = spread * (importance[mine] * gain.square()).mean()
         head.tier_gain[tokens] += gains << 4
         sizes = [stop - start for start, stop in head.ranges]
-        head.bits.copy_(_water_fill(energy, sizes, len(head.codes)))
-        moments = basis @ moments @ basis.T
-        for tier, (start, stop) in enumerate(head.ranges):
+        head.bits.copy_(water_fill(energy, sizes, len(head.codes)))
+        metrics = [basis @ moment @ basis.T for moment in moments]
+        del moments
+        for tier, (start, stop) in progress(list(enumerate(head.ranges)), "tiers"):
             mine = tokens[start:stop]
-            points = (weight[mine].float() - center) @ project
+            points = _coordinates(weight, mine, center, project)
             points /= head.gain()[start:stop, None]
-            _quantize_tier(head, tier, points, labels[mine], moments)
+            _quantize_tier(head, tier, points, labels[mine], metrics)
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias[tokens])
+
+
+def _coordinates(weight: Tensor, tokens: Tensor, center: Tensor, project: Tensor) -> Tensor:
+    """`(weight[tokens] - center) @ project`, `(n, K)` fp32, a block of rows at a time."""
+    points = torch.empty(len(tokens), project.shape[1], device=weight.device)
+    for which in blocks(len(tokens)):
+        points[which] = (weight[tokens[which]].float() - center) @ project
+    return points
 
 
 def _gain_code(gain: Tensor) -> Tensor:
@@ -142,52 +156,23 @@ def _gain_value(code: Tensor) -> Tensor:
     return torch.exp2((code.float() - 10) / 4)
 
 
-def _water_fill(energy: Tensor, sizes: list[int], budget: int) -> Tensor:
-    """Bits of each column of each tier, `(T, K)` uint8: always the bit that lowers the error most per byte."""
-    values = energy.double().tolist()
-    bits = [[0] * len(row) for row in values]
-    heap: list[tuple[float, int, int]] = []
-
-    def push(tier: int, column: int) -> None:
-        had = bits[tier][column]
-        if had < 8:
-            gain = values[tier][column] * (_ERROR[had] - _ERROR[had + 1])
-            heapq.heappush(heap, (-gain, tier, column))
-
-    for tier, row in enumerate(values):
-        for column in range(len(row)):
-            push(tier, column)
-    left = budget
-    while heap:
-        _, tier, column = heapq.heappop(heap)
-        had, size = bits[tier][column], sizes[tier]
-        cost = _column_bytes(had + 1, size) - _column_bytes(had, size)
-        if cost > left:
-            continue
-        left -= cost
-        bits[tier][column] += 1
-        push(tier, column)
-    return torch.tensor(bits, dtype=torch.uint8)
-
-
-def _column_bytes(bits: int, rows: int) -> int:
-    return sum(-(-rows * width // 8) for width in PARTS[bits]) if bits else 0
-
-
 def _quantize_tier(
-    head: TransformCodedHead, tier: int, points: Tensor, labels: Tensor, moments: Tensor
+    head: TransformCodedHead, tier: int, points: Tensor, labels: Tensor, moments: list[Tensor]
 ) -> None:
     """Codes, scales and offsets of one tier from its `points (n, K)`; `labels` choose each row's metric."""
     bits = head.bits[tier].long()
-    mean, deviation = points.mean(0), points.std(0, correction=0)
+    variance, mean = torch.var_mean(points, 0, correction=0)
     best = torch.full_like(mean, torch.inf)
     step, last = torch.ones_like(mean), (2.0**bits - 1).to(mean)
-    spread = torch.tensor(_STEP, device=mean.device)[bits] * deviation
+    spread = torch.tensor(STEP, device=mean.device)[bits] * variance.sqrt()
     for stretch in _STRETCH:
         trial = (spread * stretch).bfloat16().float().clamp_min(1e-30)
         offset = (mean - trial * last / 2).bfloat16().float()
-        error = offset + trial * nearest_code(points, trial, offset, last) - points
-        cost = error.square().mean(0)
+        cost = torch.zeros_like(mean)
+        for which in blocks(len(points)):
+            part = points[which]
+            error = offset + trial * nearest_code(part, trial, offset, last) - part
+            cost += error.square().sum(0)
         step = torch.where(cost < best, trial, step)
         best = torch.minimum(best, cost)
     offset = (mean - step * last / 2).bfloat16().float()
@@ -196,11 +181,11 @@ def _quantize_tier(
         descending=True
     )  # their errors are known first, the fine columns undo them
     codes = torch.empty(points.shape, dtype=torch.uint8, device=points.device)
-    for label in labels.unique():
-        mine = (labels == label).nonzero().flatten()
-        codes[mine] = round_with_feedback(
-            points[mine], step, offset, last, moments[label], coarsest
-        )
+    for label in labels.unique().tolist():
+        for mine in (labels == label).nonzero().flatten().split(_ROWS):
+            codes[mine] = round_with_feedback(
+                points[mine], step, offset, last, moments[label], coarsest
+            )
     head.pack_tier(tier, codes)
 
 
@@ -311,8 +296,12 @@ class TransformCodedHead(CompiledHead):
     def pack_tier(self, tier: int, codes: Tensor) -> None:
         """Store the codes `(n, K)` uint8 of a tier's rows."""
         for plane in self.planes()[tier]:
-            values = (codes[:, plane.columns] >> plane.shift) & (2**plane.width - 1)
-            self.codes[plane.start : plane.stop] = pack(values.T, plane.width).flatten()
+            start = plane.start
+            for columns in plane.columns.split(_COLUMNS):
+                values = (codes[:, columns] >> plane.shift) & (2**plane.width - 1)
+                packed = pack(values.T, plane.width).flatten()
+                self.codes[start : start + len(packed)] = packed
+                start += len(packed)
 
     def _unpack(self, tier: int, start: int, stop: int) -> Tensor:
         """Codes of some rows of a tier, `(n, K)` fp32."""

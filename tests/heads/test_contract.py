@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_softheads.heads  # noqa: F401 - registers the variants
-from hf_softheads.heads import LowRank, Quantized, base
+from hf_softheads import kmeans
+from hf_softheads.heads import LowRank, Quantized, base, fitting
 from hf_softheads.heads.base import Head, HeadSpec, LogitTransform
 from hf_softheads.registry import spec_from_dict, variants
 from tests.heads.conftest import Toy
@@ -240,6 +242,35 @@ def test_log_prob_never_holds_all_logits(
     with torch.no_grad(), _Largest() as largest:
         head.log_prob(toy.hidden, toy.labels)
     assert largest.elements < len(toy.hidden) * toy.weight.shape[0] / 8
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the fp32 copies of a half-precision matrix of one shape."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default:
+            half = args[0].dtype == torch.bfloat16 and args[0].shape == self.shape
+            self.count += half and result.dtype.itemsize > 2
+        return result
+
+
+def test_fit_takes_half_precision_a_block_at_a_time(
+    middle: HeadSpec, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "_ROWS", 96)
+    monkeypatch.setattr(kmeans, "_BLOCK_ELEMENTS", 96 * 16)
+    monkeypatch.setattr(kmeans, "_CHUNK_ELEMENTS", 96 * 32)
+    half = replace(toy, weight=toy.weight.bfloat16())
+    with _Copies(half.weight.shape) as copies:
+        found = fitted(middle, half)
+    assert copies.count == 0
+    same = fitted(middle, replace(toy, weight=half.weight.float()))
+    torch.testing.assert_close(found.logits(toy.hidden), same.logits(toy.hidden))
 
 
 def test_sizes_are_stated(middle: HeadSpec, toy: Toy) -> None:

@@ -45,7 +45,7 @@ def test_rotation_and_metric_help(toy: Toy) -> None:
 
 
 def test_rotation_is_orthogonal_and_balanced(toy: Toy) -> None:
-    rotation = _balanced_rotation(toy.weight, torch.ones(256), 4)
+    rotation = _balanced_rotation(toy.weight.double().T @ toy.weight.double() / 256, 4)
     torch.testing.assert_close(rotation.T @ rotation, torch.eye(16), rtol=1e-4, atol=1e-4)
     content = (toy.weight @ rotation).square().mean(0).log().view(4, 4).sum(1)
     plain = (toy.weight @ torch.linalg.eigh(toy.weight.T @ toy.weight)[1]).square().mean(0).log()

@@ -6,10 +6,11 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
 from hf_softheads.heads import LowRank, LowRankResidual, Quantized, ResidualVQ, Screened
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.residual_vq import _beam_search, _sum
+from hf_softheads.heads.residual_vq import _beam_search
 from tests.heads.conftest import Toy
 
 
@@ -68,6 +69,10 @@ def test_both_parts_beat_either(toy: Toy) -> None:
     both = kl(LowRankResidual(rank=3, bits=2), toy)
     assert both < 0.7 * kl(Quantized(bits=2), toy)
     assert both < 0.7 * kl(LowRank(rank=3), toy)
+
+
+def _sum(books: Tensor, codes: Tensor) -> Tensor:
+    return torch.stack([book[codes[:, s]] for s, book in enumerate(books)]).sum(0)
 
 
 def test_beam_search_finds_the_best_sum_when_wide_enough() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_softheads.heads import ProductVQ, Quantized, TransformCoded
+from hf_softheads.heads.bit_allocation import _ERROR, STEP, water_fill
 from hf_softheads.heads.rounding import round_with_feedback
-from hf_softheads.heads.transform_coded import _ERROR, _STEP, _water_fill
 from tests.heads.conftest import Toy, make_toy
 
 
@@ -44,7 +44,7 @@ def test_beats_equal_bits_at_equal_size() -> None:
 
 def test_water_filling_is_optimal_on_a_small_case() -> None:
     energy = torch.tensor([[4.0, 1.0, 0.1]])
-    found = _water_fill(energy, [8], budget=5)  # 8 rows: a bit of a column is a byte
+    found = water_fill(energy, [8], budget=5)  # 8 rows: a bit of a column is a byte
 
     def error(bits: tuple[int, ...]) -> float:
         return sum(float(e) * _ERROR[b] for e, b in zip(energy[0], bits, strict=True))
@@ -56,7 +56,7 @@ def test_water_filling_is_optimal_on_a_small_case() -> None:
 def test_quantizer_constants() -> None:
     points = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
     for bits in range(1, 9):
-        step, last = _STEP[bits], 2**bits - 1
+        step, last = STEP[bits], 2**bits - 1
         codes = (points / step + last / 2).round().clamp(0, last)
         error = float((step * (codes - last / 2) - points).square().mean())
         assert error == pytest.approx(_ERROR[bits], rel=0.05)
