@@ -179,7 +179,8 @@ def _assign(
     cost = torch.empty(len(space), device=centers.device)
     candidates = centers.T if exact else centers.to(space.scored.dtype).T
     half = centers.square().sum(1) / 2
-    for part in _parts(space, _CHUNK_ELEMENTS, max(centers.shape)):
+    elements = _BLOCK_ELEMENTS if exact else _CHUNK_ELEMENTS
+    for part in _parts(space, elements, max(centers.shape)):
         rows = space[part] if exact else space.scored[part]
         labels[part] = (rows @ candidates).float().sub_(half).max(1).indices  # (chunk, C)
     for part in _parts(space, _BLOCK_ELEMENTS):
@@ -202,13 +203,13 @@ def _draw_seeds(space: _Space, weights: Tensor, clusters: int, seed: int) -> Ten
         keys[chosen] = -torch.inf
         fresh = keys.topk(min(_SEED_TRIALS * block, len(space) - len(chosen))).indices
         gain = torch.zeros(len(fresh), device=norms.device)
-        for part in _parts(space, _CHUNK_ELEMENTS, len(fresh)):
+        for part in _parts(space, _CHUNK_ELEMENTS, max(space.shape[1], len(fresh))):
             near = (scored[part] @ scored[fresh].T).float().mul_(2).sub_(norms[fresh])
             near.add_((distance[part] - norms[part])[:, None]).clamp_min_(0)
             gain += weights[part] @ near
         fresh = fresh[gain.topk(block).indices]
         chosen = torch.cat([chosen, fresh])
-        for part in _parts(space, _CHUNK_ELEMENTS, block):
+        for part in _parts(space, _CHUNK_ELEMENTS, max(space.shape[1], block)):
             near = (scored[part] @ scored[fresh].T).float().mul_(2).sub_(norms[fresh]).max(1).values
             distance[part] = torch.minimum(distance[part], norms[part] - near).clamp_min_(0)
         distance[fresh] = 0

@@ -79,8 +79,8 @@ def test_feedback_lowers_the_quadratic_error() -> None:
 
 
 def test_order_is_a_permutation_sorted_by_importance(toy: Toy) -> None:
-    head = TransformCoded(bits=12.0, tiers=4).module(16, 256)
-    TransformCoded(bits=12.0, tiers=4).fit(head, toy.weight, None, toy.stats)
+    head = TransformCoded(bits=10.0, tiers=4).module(16, 256)
+    TransformCoded(bits=10.0, tiers=4).fit(head, toy.weight, None, toy.stats)
     order = head.order()
     assert torch.equal(order.sort().values, torch.arange(256))
     importance = toy.stats.curvature[order]
