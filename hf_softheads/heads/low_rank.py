@@ -71,14 +71,15 @@ class LowRank(HeadSpec, name="low_rank"):
         project, down = principal_directions(weight, stats, self.rank)
         plain = isinstance(head, LowRankHead)
         rows = head.weight if plain else torch.empty(len(weight), self.rank, device=weight.device)
-        for which in blocks(len(weight)):
-            rows[which] = weight[which].float() @ project
-        if isinstance(head, ProjectedHead):
+        if not plain:
             # any rotation does; a random one spreads the rows over the columns, which saves bits
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(self.rank, self.rank, generator=generator)
             rotation = torch.linalg.qr(noise)[0].to(down.device)
             project, down = project @ rotation.T, rotation @ down
+        for which in blocks(len(weight)):
+            rows[which] = weight[which].float() @ project
+        if isinstance(head, ProjectedHead):
             head.weight.copy_(down)
             seen = None if stats is None else projected(stats, head.weight.float())
             self.inner.fit(head.inner_alike(), rows, bias, seen)
