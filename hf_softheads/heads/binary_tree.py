@@ -37,6 +37,7 @@ class BinaryTree(HeadSpec, name="binary_tree"):
     neighbours are alike; a node's exact score is the difference of the `log Σ exp` of its two halves. Its row starts
     as the tangent of that at the node's mean hidden state (at 0 without `HeadStats`), which is exact for a pair of
     tokens, and is then fitted by `passes` damped Newton steps to the dense head's probabilities on sampled states.
+    The fit holds the matrix in fp32 several times: for vocabularies of some ten thousand tokens.
 
     Attributes:
         passes: over the sampled hidden states; 0 keeps the tangents.

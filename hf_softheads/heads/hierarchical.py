@@ -136,7 +136,10 @@ def _refine(
     rows, shifts = rows.clone().requires_grad_(), shifts.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([rows, shifts], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
+    bar = iter(progress(range(_STEPS * 5 // 4), "class rows"))  # calls in all of L-BFGS, at most
+
     def closure() -> Tensor:
+        next(bar, None)
         optimizer.zero_grad()
         log_q = (gain * F.linear(states, rows, shifts)).log_softmax(-1)
         moved = rows - start
