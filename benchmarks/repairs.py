@@ -1,13 +1,12 @@
-"""Rows of `heads.json` after distillation: the head alone, and the head with LoRA on the body.
+"""Rows of `heads.json` after distillation: the head alone, and then the body with it.
 
     python benchmarks/repairs.py                 # every row that is not there yet
     python benchmarks/repairs.py --only 1.1
 
-The head alone: `sh.repair_head` with the head's own learning rates, codes included. LoRA: afterwards head and adapters
-together learn the distribution of the untouched dense model by forward KL; no labels, so that the same training leaves
-the dense model itself as it is. The adapters are merged: the body keeps its size. Perplexity is compared with the
-untouched dense model. Every result is printed for the text of the tables and, `dev`, for other text by which the
-settings were chosen.
+The head alone: `sh.repair_head` with the head's own learning rates, codes included. The body too: afterwards head and
+body together learn the distribution of the untouched dense model by forward KL; no labels, so that the same training
+leaves the dense model itself as it is. Perplexity is compared with the untouched dense model. Every result is printed
+for the text of the tables and, `dev`, for other text by which the settings were chosen.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from heads import Bench, states_of
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import hf_softheads as sh
@@ -32,33 +30,31 @@ from hf_softheads.losses import KL
 
 BATCH = 1024
 WINDOWS = 4  # a step of the second stage
-LORA_LR = 1e-3  # 2e-3 raises the loss
-SECOND = 0.3  # of the head's own rates
+BODY_LR = 4e-4
+SECOND = 0.5  # of the head's own rates
 
 
 def settings(dim: int) -> dict[str, tuple[HeadSpec, int, int]]:
     """Spec, steps for the head alone, steps of the second stage."""
     return {
-        "2.25": (TransformCoded(2.25), 6000, 600),
-        "1.1": (TransformCoded(1.1, dim * 3 // 4), 6000, 1200),
+        "2.25": (TransformCoded(2.25), 2500, 600),
+        "1.1": (TransformCoded(1.1, dim * 3 // 4), 2500, 1800),
         "product_vq": (ProductVQ(dim // 8), 300, 0),
     }
 
 
 def tune_body(model: Any, dense: Any, rows: Tensor, steps: int, seed: int) -> Any:
-    """Train LoRA adapters and the head towards the dense model's distribution, and merge the adapters."""
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    wrapped = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets))
-    adapters = [p for p in wrapped.parameters() if p.requires_grad]
-    student, teacher = Reader(wrapped.base_model.model), Reader(dense)
+    """Train the body and the head towards the dense model's distribution."""
+    student, teacher = Reader(model), Reader(dense)
     head: Any = student.head
-    groups = [{"params": adapters, "lr": LORA_LR}]
+    body = [p.requires_grad_(True) for p in model.base_model.parameters()]
+    groups = [{"params": body, "lr": BODY_LR}]
     for p in head.parameters():
         groups.append({"params": [p.requires_grad_(True)], "lr": SECOND * head.repair_lr(p)})
     groups.append({"params": head.thaw(), "lr": SECOND * head.code_lr})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        optimizer, lambda step: min((step + 1) / 50, 0.5 * (1 + math.cos(math.pi * step / steps)))
     )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed + 1))
     loss_of = KL()
@@ -78,7 +74,7 @@ def tune_body(model: Any, dense: Any, rows: Tensor, steps: int, seed: int) -> An
         if step % 25 == 0:
             print(f"  second stage {step} of {steps}: {float(loss.detach()):.4f}", flush=True)
     head.freeze()
-    return wrapped.merge_and_unload()
+    return model.requires_grad_(False)
 
 
 def main() -> None:
@@ -97,7 +93,7 @@ def main() -> None:
         if arguments.only is not None and name not in arguments.only:
             continue
         label = f"{spec.name} + distilled"
-        last = f"{label} + LoRA on the body" if second else label
+        last = f"{label} + body" if second else label
         if bench.has(last, spec, steps + second):
             continue
         began = time.process_time()
