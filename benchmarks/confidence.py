@@ -145,7 +145,7 @@ def main() -> None:
         RESULTS.with_suffix(".png"),
         xlabel="share of the tokens answered",
         ylabel="share of those that are wrong",
-        title=f"How well confidence ranks mistakes: {CLASSES} classes, trained with label smoothing",
+        title=f"Mistakes by coverage, {CLASSES} classes",
     )
 
 

@@ -201,7 +201,7 @@ def confidence_table() -> str:
     return (
         f"{table.markdown()}\n\nArea under the risk–coverage curve, lower is better, on {counts} held-out tokens. The "
         f"whole vocabulary: the model's own head, trained {settings['steps']} steps further. Classes: the most "
-        f"frequent next tokens, a two-layer classifier of them, {settings['epochs']} epochs. {_where(found, '../')}"
+        f"frequent next tokens, a two-layer net on the states, {settings['epochs']} epochs. {_where(found, '../')}"
     )
 
 
@@ -316,6 +316,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "heads": (ROOT / "docs" / "heads.md", heads_table),
     "head variants": (ROOT / "docs" / "heads.md", head_variants_table),
     "head speed": (ROOT / "docs" / "heads.md", head_speed_table),
+    "confidence": (ROOT / "docs" / "heads.md", confidence_table),
     "losses": (ROOT / "docs" / "losses.md", losses_table),
     "distillation": (ROOT / "docs" / "losses.md", distillation_table),
     "attention": (ROOT / "docs" / "variants.md", attention_table),
