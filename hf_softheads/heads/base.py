@@ -16,6 +16,7 @@ from hf_softheads.heads.transform import LogitTransform as LogitTransform
 from hf_softheads.registry import Spec
 
 if TYPE_CHECKING:
+    from hf_softheads.heads.additive import Additive
     from hf_softheads.stats import HeadStats
 
 T = TypeVar("T")
@@ -182,6 +183,10 @@ class Head(nn.Module):
         The scores are always those of the rounded numbers: training sees what will be stored.
         """
         return []
+
+    def additive(self) -> Additive | None:
+        """How the rows are sums of codebook entries; `repair_head` then also changes codes by discrete steps."""
+        return None
 
     def freeze(self) -> None:
         """Round and pack the real numbers that `thaw` gave; the scores stay as they are."""

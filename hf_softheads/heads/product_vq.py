@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_softheads.heads.additive import Additive, compose, recentre, recode, settle
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.compiled import CompiledHead
 from hf_softheads.heads.fitting import blocks, progress
-from hf_softheads.heads.metric import metric_root, weighted_moment
+from hf_softheads.heads.metric import local_moments, metric_root, weighted_moment
 from hf_softheads.heads.packing import PARTS, pack_bits, unpack_bits
 from hf_softheads.kernels.product_vq import make_tiles, product_vq_scores
 from hf_softheads.kmeans import kmeans, nearest, require_finite
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
 
 _FITTED_ROWS = 32768  # codebooks are fitted to so many rows, those that matter most
+_ROUNDS = 4  # of codes and codebooks in the metric of all groups together
+_ROWS = 8192
 _ELEMENTS = 2**24  # coordinates of rows held at once
 
 
@@ -31,7 +34,8 @@ class ProductVQ(HeadSpec, name="product_vq"):
 
     VQ-Logits with one codebook per group of columns (Jégou et al. 2011; as an output layer RecJPQ, arXiv 2312.06165):
     `codes**groups` possible rows instead of `codes`. `basis` whitens the hidden state and spreads the variance of
-    the rows evenly over the groups (OPQ's eigenvalue allocation, Ge et al. 2013, in the metric `E[h hᵀ]`).
+    the rows evenly over the groups (OPQ's eigenvalue allocation, Ge et al. 2013, in the metric `E[h hᵀ]`). After
+    k-means group by group, codes change in turn so that groups make up for each other's errors.
 
     Attributes:
         groups: must divide D; bits per weight = groups · log2(codes) / D, and the tables.
@@ -100,10 +104,52 @@ class ProductVQ(HeadSpec, name="product_vq"):
             )
             head.weight[group] = found.centers
             codes[:, group] = nearest(points, found.centers, metric=metric)[0].to(torch.uint8)
-        for packed, new in zip(head.packed(), pack_bits(codes, head.bits), strict=True):
-            packed.copy_(new)
+        if stats is not None:
+            _refine(head, weight, codes, stats, train, forward if head.basis is not None else None)
+        head.store(codes)
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias)
+
+
+def _refine(
+    head: ProductVQHead,
+    weight: Tensor,
+    codes: Tensor,
+    stats: HeadStats,
+    train: Tensor,
+    forward: Tensor | None,
+) -> None:
+    """Let the groups make up for each other's errors: in `E[h hᵀ]`, then in the metric of each token's own contexts."""
+
+    def wanted(which: Tensor) -> Tensor:
+        rows = weight[which].float()
+        return rows if forward is None else rows @ forward
+
+    books, dim = head.weight.data.float(), weight.shape[1]
+    if forward is None:  # else the groups do not interact on average
+        root = metric_root(stats)[0].to(weight.device)
+        whole = (root @ root.T).float()
+        share = stats.curvature.to(weight.device)
+        for _ in progress(range(_ROUNDS), "codebooks"):
+            parts = train.split(_ROWS)
+            for which in parts:
+                code = codes[which].long()
+                slope = (compose(code, books, head.parts, dim) - wanted(which)) @ whole
+                codes[which] = recode(code, slope, books, head.parts, whole)[0].to(codes.dtype)
+            code = codes[train].long()
+            slope = torch.cat(
+                [
+                    (compose(codes[which].long(), books, head.parts, dim) - wanted(which)) @ whole
+                    for which in parts
+                ]
+            )
+            books = recentre(code, slope, books, head.parts, whole, share[train])
+        head.weight.copy_(books)
+    labels, moments = local_moments(stats, weight)
+    if head.basis is not None:
+        basis = head.basis.double()
+        moments = basis @ moments @ basis.T
+    settle(codes, books, head.parts, wanted, labels, moments)
 
 
 def _parts(weight: Tensor, forward: Tensor | None, width: int) -> Iterator[Tensor]:
@@ -156,6 +202,21 @@ class ProductVQHead(CompiledHead):
 
     def prepare(self, hidden: Tensor) -> Tensor:
         return hidden if self.basis is None else F.linear(hidden, self.basis)
+
+    def additive(self) -> Additive:
+        return Additive(self.code_table()[0], self.weight, self.parts, self.basis, self.store)
+
+    @property
+    def parts(self) -> list[slice]:
+        """Columns of each group."""
+        groups, _, width = self.weight.shape
+        return [slice(g * width, (g + 1) * width) for g in range(groups)]
+
+    @torch.no_grad()
+    def store(self, codes: Tensor) -> None:
+        """Pack codes `(V, G)`."""
+        for packed, new in zip(self.packed(), pack_bits(codes, self.bits), strict=True):
+            packed.copy_(new)
 
     def code_table(self) -> tuple[Tensor, int]:
         groups, codes, _ = self.weight.shape

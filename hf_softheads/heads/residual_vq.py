@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_softheads.heads.additive import Additive, settle
 from hf_softheads.heads.base import HeadSpec, index_dtype
 from hf_softheads.heads.fitting import blocks, progress
-from hf_softheads.heads.metric import metric_root
+from hf_softheads.heads.metric import local_moments, metric_root
 from hf_softheads.heads.rows import RowsHead
 from hf_softheads.kmeans import kmeans, require_finite, weighted_means
 
@@ -29,7 +30,8 @@ class ResidualVQ(HeadSpec, name="residual_vq"):
 
     `codes**stages` possible rows from `stages · codes` stored ones (Chen et al. 2010; for weights AQLM, arXiv
     2401.06118). Stage after stage starts from k-means on what is left; then codes by beam search and codebooks by
-    weighted means in turns. Distances in `E[h hᵀ]`, tokens weighted by softmax curvature. A decoding step is a
+    weighted means in turns. Distances in `E[h hᵀ]`, tokens weighted by softmax curvature; at last two sweeps of
+    coordinate descent in the metric of each token's own contexts. A decoding step is a
     `(stages · codes, D)` product and `stages` look-ups per token.
 
     Attributes:
@@ -99,6 +101,10 @@ class ResidualVQ(HeadSpec, name="residual_vq"):
             part = weight[which].float() @ root
             head.codes[which] = _beam_search(part, books, self.beam).to(head.codes.dtype)
         head.weight.copy_(books @ inverse)
+        if stats is not None:
+            labels, moments = local_moments(stats, weight)
+            parts, books = head.additive().parts, head.weight.data.float()
+            settle(head.codes, books, parts, lambda which: weight[which].float(), labels, moments)
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias)
 
@@ -150,16 +156,37 @@ class ResidualVQHead(RowsHead):
         """The product of every code with h, `(…, S · C)` fp32: the coordinates in which a row is S ones."""
         return F.linear(hidden, self.weight.flatten(0, 1)).float()
 
-    def dense(self) -> None:
-        """None: chunks of the small table are cheaper than rows."""
-        return
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        return self.rows(slice(None)).float(), None if self.bias is None else self.bias.float()
+
+    def additive(self) -> Additive:
+        parts = [slice(0, self.in_features)] * len(self.weight)
+        return Additive(self.codes.long(), self.weight, parts, None, self.store)
+
+    @torch.no_grad()
+    def store(self, codes: Tensor) -> None:
+        """Put codes `(V, S)` in."""
+        self.codes.copy_(codes)
 
     def scores(self, hidden: Tensor) -> Tensor:
         return self._block(self.prepare(hidden), 0, self.out_features)
 
+    def score(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        table, scores = self.prepare(hidden), hidden.new_zeros((), dtype=torch.float32)
+        for place in self._index():
+            scores = scores + table.gather(-1, place[tokens].long())
+        return scores if self.bias is None else scores + self.bias[tokens]
+
+    def subset(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        return self.score(hidden, tokens.expand(*hidden.shape[:-1], -1))
+
     def rows(self, which: slice | Tensor) -> Tensor:
         codes = self.codes[which].long()
-        return torch.stack([book[codes[:, s]] for s, book in enumerate(self.weight)]).sum(0)
+        rows: Tensor = sum(
+            (F.embedding(code, book) for code, book in zip(codes.T, self.weight, strict=True)),
+            start=self.weight.new_zeros(()),
+        )
+        return rows
 
     def _block(self, x: Tensor, start: int, stop: int) -> Tensor:
         table = x.reshape(-1, x.shape[-1])

@@ -1,0 +1,131 @@
+"""Rows that are sums of codebook entries: which entries a row takes, and where the entries lie.
+
+`row_v = Σ_s books[s, codes[v, s]]`, entry s in the columns `parts[s]`: product and residual quantization alike. What
+a row changes by, δ, costs `slope · δ + ½ δ metric δᵀ`. For a fit `slope = (row - wanted) metric`; for PV-Tuning's
+discrete step (arXiv 2405.14852) the gradient over the curvature: the entry nearest to a row moved against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_softheads.heads.fitting import blocks
+
+_SWEEPS = 2
+_ROUNDING = 1e-6  # of the largest cost: no gain
+_DAMPING = 1e-4  # of a block's mean, where entries move
+
+
+class Additive(NamedTuple):
+    """How a head's rows are composed, for discrete steps in `repair_head`."""
+
+    codes: Tensor  # (V, S) int64
+    books: Tensor  # (S, C, w)
+    parts: list[slice]
+    basis: Tensor | None  # (K, D): the dense row is `row @ basis`
+    store: Callable[[Tensor], None]  # puts codes (V, S) into the head
+
+
+def compose(codes: Tensor, books: Tensor, parts: Sequence[slice], width: int) -> Tensor:
+    """The rows `(n, K)` of codes `(n, S)`."""
+    rows = torch.zeros(len(codes), width, device=books.device)
+    for code, book, mine in zip(codes.T, books, parts, strict=True):
+        rows[:, mine] += book[code]
+    return rows
+
+
+def recode(
+    codes: Tensor, slope: Tensor, books: Tensor, parts: Sequence[slice], metric: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Codes of less cost, and that cost, `(n,)`, never above 0: one sweep of coordinate descent.
+
+    Every part in turn takes the best of its entries, the others as they are.
+
+    Args:
+        codes: `(n, S)` int64; slope: `(n, K)`; books: `(S, C, w)`; metric: `(K, K)`, symmetric.
+    """
+    codes, slope = codes.clone(), slope.clone()
+    cost = torch.zeros(len(codes), device=slope.device)
+    for s, (book, mine) in enumerate(zip(books, parts, strict=True)):
+        reach = book @ metric[mine]  # what an entry adds to the slope
+        old = codes[:, s].clone()
+        change, new = _best(old, slope[:, mine], book, reach[:, mine])
+        cost += change
+        codes[:, s] = new
+        slope += reach[new] - reach[old]
+    return codes, cost
+
+
+def best_moves(
+    codes: Tensor, slope: Tensor, books: Tensor, parts: Sequence[slice], metric: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Codes with the one change in each row that lowers the cost most, and the cost, `(n,)`; arguments as `recode`."""
+    least = torch.zeros(len(codes), device=slope.device)
+    moved = codes.clone()
+    for s, (book, mine) in enumerate(zip(books, parts, strict=True)):
+        change, new = _best(codes[:, s], slope[:, mine], book, book @ metric[mine, mine])
+        better = change < least
+        least = torch.where(better, change, least)
+        moved[better] = codes[better]
+        moved[better, s] = new[better]
+    return moved, least
+
+
+def _best(old: Tensor, slope: Tensor, book: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
+    """Change in cost and the number of the best entry for each row; `within = book metric`, both in one part."""
+    trial = torch.addmm((within * book).sum(-1) / 2, slope - within[old], book.T)
+    least, new = trial.min(-1)
+    change = least - trial.gather(1, old[:, None]).squeeze(1)
+    gains = change < -_ROUNDING * trial.abs().amax(-1)
+    return change.where(gains, 0), new.where(gains, old)
+
+
+def recentre(
+    codes: Tensor,
+    slope: Tensor,
+    books: Tensor,
+    parts: Sequence[slice],
+    metric: Tensor,
+    share: Tensor,
+) -> Tensor:
+    """Codebooks of less `Σ_v share_v · cost_v`, part after part, at fixed codes; other arguments as `recode`."""
+    books, slope = books.clone(), slope.clone()
+    for book, code, mine in zip(books, codes.T, parts, strict=True):
+        mass = torch.zeros(len(book), device=slope.device).index_add_(0, code, share)
+        pull = torch.zeros_like(book).index_add_(0, code, slope[:, mine] * share[:, None])
+        pull /= mass.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        block = metric[mine, mine].clone()
+        block.diagonal().add_(_DAMPING * block.diagonal().mean())
+        move = -torch.linalg.solve(block, pull.T).T
+        book += move
+        slope += (move @ metric[mine])[code]
+    return books
+
+
+def settle(
+    codes: Tensor,
+    books: Tensor,
+    parts: Sequence[slice],
+    wanted: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    moments: Tensor,
+) -> None:
+    """Two sweeps of `recode` for all rows in place, each in the metric of its label, a block of rows at a time.
+
+    Args:
+        codes: `(V, S)` of any integer type; wanted: row numbers to rows `(n, K)` fp32; labels: `(V,)`;
+        moments: `(L, K, K)`.
+    """
+    for label, metric in enumerate(moments.float()):
+        mine = (labels == label).nonzero().flatten()
+        for part in blocks(len(mine)):
+            which = mine[part]
+            points, code = wanted(which), codes[which].long()
+            for _ in range(_SWEEPS):
+                slope = (compose(code, books, parts, points.shape[1]) - points) @ metric
+                code, _ = recode(code, slope, books, parts, metric)
+            codes[which] = code.to(codes.dtype)
