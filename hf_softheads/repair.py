@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_softheads.bridge import Reader, base_model
+from hf_softheads.discrete import EVERY, DiscreteSteps, Measured
 from hf_softheads.heads.base import Head
 from hf_softheads.kmeans import bf16_is_fast
 from hf_softheads.losses.base import LossSpec
@@ -19,6 +20,7 @@ from hf_softheads.losses.kl import KL
 from hf_softheads.objective import Objective, Teacher
 
 CACHE_BYTES = 2**29
+_JUDGES = 2  # batches on which a discrete step is judged
 _LR = 3e-3  # of a head that is not ours
 
 
@@ -57,7 +59,8 @@ def repair_head(
     states that come back often are learnt by heart. AdamW, a short warm-up, cosine decay to zero. Where the head's
     integer codes can be trained (`Head.thaw`), they are real numbers meanwhile, rounded in every step with the gradient
     passed straight through, and integers again afterwards: what is stored keeps its size. That takes six times the fp32
-    dense matrix in memory.
+    dense matrix in memory. Where rows are sums of codebook entries (`Head.additive`), every twentieth step is followed
+    by a discrete one, `DiscreteSteps`, which a rising loss takes back.
 
     Args:
         model: a patched model.
@@ -65,7 +68,7 @@ def repair_head(
             alone.
         rows: token windows `(N, W)` of training text; or what `cache_states` made of them, for several repairs.
         lr: of the parameters; None: what the head says suits each, `Head.repair_lr`.
-        code_lr: of the codes, in codes a step; 0 leaves them alone; None: the head's `code_lr`.
+        code_lr: of the codes, in codes a step; 0 leaves all codes alone; None: the head's `code_lr`.
         losses: default the forward KL; several with weights as for `Objective`.
         seed: of the order of the hidden states.
 
@@ -90,7 +93,11 @@ def repair_head(
         p.requires_grad_(True)
     rates = [_LR if lr is None else lr] * len(trained)
     codes: list[Tensor] = []
+    discrete = None
+    step_of = _Step(model, losses, teacher)
     if isinstance(head, Head):
+        if code_lr != 0 and head.additive() is not None:
+            discrete = DiscreteSteps(head, step_of.measure)
         rates = [head.repair_lr(p) for p in trained] if lr is None else rates
         code_lr = head.code_lr if code_lr is None else code_lr
         codes = head.thaw() if code_lr else []
@@ -103,7 +110,6 @@ def repair_head(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))),
     )
-    step_of = _Step(model, losses, teacher)
     curve: list[float] = []
     try:
         with tqdm(total=steps, desc="repair", disable=None) as bar:
@@ -116,6 +122,10 @@ def repair_head(
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
+                if discrete is not None and step_of.gradient is not None:
+                    discrete.note(step_of.gradient)
+                    if (step + 1) % EVERY == 0 and step + 1 < steps:
+                        discrete.take(supply.states, *supply.draw(_JUDGES * batch_size))
                 bar.update()
                 bar.set_postfix(loss=f"{curve[-1]:.3f}", refresh=False)
     finally:
@@ -166,7 +176,11 @@ class _Supply:
             self.states = self.labels = torch.empty(0)  # room for the next
             self.states, self.labels = _states_of(self.model, self.parts[self.first.index(step)])
             self.seen += len(self.labels)
-        chosen = torch.randint(len(self.labels), (self.size,), generator=self.generator)
+        return self.draw(self.size)
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """Some of the states at hand, and the tokens that follow."""
+        chosen = torch.randint(len(self.labels), (count,), generator=self.generator)
         return self.states[chosen], self.labels[chosen]
 
 
@@ -182,6 +196,7 @@ class _Step:
             if isinstance(teacher, nn.Linear):
                 teacher = copy.deepcopy(teacher).to(self.dtype)
         self.goal = Objective(model, losses, teacher)
+        self.gradient: Tensor | None = None  # in the dense matrix, of the last step
 
     def __call__(self, hidden: Tensor, labels: Tensor) -> float:
         device = self.head.weight.device
@@ -191,6 +206,24 @@ class _Step:
             loss = self.goal.from_hidden(hidden, labels)
             loss.backward()
             return float(loss.detach())
+        value, gradients = self._backward(parts, hidden, labels)
+        torch.autograd.backward(parts, gradients)
+        self.gradient = gradients[0]
+        return value
+
+    def measure(self, hidden: Tensor, labels: Tensor) -> Measured:
+        """Loss, matrix and gradient, without a trace in the parameters."""
+        parts = self._parts()
+        assert parts is not None
+        device = self.head.weight.device
+        loss, gradients = self._backward(parts, hidden.to(device), labels.to(device))
+        return Measured(loss, parts[0].detach(), gradients[0])
+
+    @torch.enable_grad()
+    def _backward(
+        self, parts: list[Tensor], hidden: Tensor, labels: Tensor
+    ) -> tuple[float, list[Tensor]]:
+        """The loss of a matrix and a bias, and its gradients in them."""
         vocab, dim = parts[0].shape
         dense = nn.Linear(dim, vocab, bias=len(parts) > 1, device="meta")
         leaves = [nn.Parameter(part.detach()) for part in parts]
@@ -199,8 +232,7 @@ class _Step:
             dense.bias = leaves[1]
         loss = self.goal.from_hidden(hidden.to(self.dtype), labels, dense)
         loss.backward()
-        torch.autograd.backward(parts, [leaf.grad for leaf in leaves])
-        return float(loss.detach())
+        return float(loss.detach()), [leaf.grad for leaf in leaves if leaf.grad is not None]
 
     def _parts(self) -> list[Tensor] | None:
         """The head as a matrix and, if it has one, a bias."""
