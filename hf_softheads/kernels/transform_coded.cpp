@@ -4,6 +4,7 @@
 // is read once and in order. Each plane rounds its own columns of scale_t * x, so that fine columns keep their precision.
 
 #include <utility>
+#include <vector>
 
 #include "threads.hpp"
 #include "tiles.hpp"
@@ -20,7 +21,7 @@ struct Tier {
     int64_t start, rows;
     const uint8_t* tiles;
     int64_t size = 0;  // bytes of a tile
-    std::vector<int64_t> widths;
+    std::vector<Plane> planes;
     std::vector<States> states;
     std::vector<float> factors;  // [plane][b]
     std::vector<float> shift;    // sum_j offset_tj x[b][j]
@@ -39,28 +40,28 @@ extern "C" void transform_coded_scores(const uint8_t* tiles, const int64_t* tier
                                        const int32_t* token, const float* base, int64_t vocab, float* out,
                                        int64_t threads) {
     std::vector<Tier> all;
-    for (int64_t t = 0; t < n_tiers; ++t) {
-        Tier tier{tiers[3 * t], tiers[3 * t + 1], tiles + tiers[3 * t + 2]};
+    for (int64_t t = 0; t < n_tiers; ++t) all.push_back({tiers[3 * t], tiers[3 * t + 1], tiles + tiers[3 * t + 2]});
+    for (int64_t i = 0; i < n_planes; ++i) {
+        all[planes[4 * i]].planes.push_back({planes[4 * i], planes[4 * i + 1], planes[4 * i + 2], planes[4 * i + 3], columns});
+        columns += planes[4 * i + 3];
+    }
+    share(n_tiers, 1, threads, [&](int64_t t, int64_t) {
+        Tier& tier = all[t];
         for (int64_t b = 0; b < batch; ++b) {
             double sum = 0;
             for (int64_t j = 0; j < dim; ++j) sum += double(offset[t * dim + j]) * x[b * dim + j];
             tier.shift.push_back(static_cast<float>(sum));
         }
-        all.push_back(std::move(tier));
-    }
-    for (int64_t i = 0; i < n_planes; ++i) {
-        const Plane p{planes[4 * i], planes[4 * i + 1], planes[4 * i + 2], planes[4 * i + 3], columns};
-        columns += p.columns;
-        Tier& tier = all[p.tier];
-        const Rounded rounded(batch, p.columns, [&](int64_t b, int64_t j) {
-            return scale[p.tier * dim + p.column[j]] * x[b * dim + p.column[j]];
-        });
-        tier.widths.push_back(p.width);
-        tier.states.emplace_back(rounded, p.words(), p.width);
-        for (int64_t b = 0; b < batch; ++b)
-            tier.factors.push_back(rounded.step[b] * static_cast<float>(1 << p.shift));
-        tier.size += p.words() * TILE * 4;
-    }
+        for (const Plane& p : tier.planes) {
+            const Rounded rounded(batch, p.columns, [&](int64_t b, int64_t j) {
+                return scale[t * dim + p.column[j]] * x[b * dim + p.column[j]];
+            });
+            tier.states.emplace_back(rounded, p.words(), p.width);
+            for (int64_t b = 0; b < batch; ++b)
+                tier.factors.push_back(rounded.step[b] * static_cast<float>(1 << p.shift));
+            tier.size += p.words() * TILE * 4;
+        }
+    });
     std::vector<std::pair<const Tier*, int64_t>> jobs;  // a tile each
     for (const Tier& tier : all)
         for (int64_t k = 0; k * TILE < tier.rows; ++k) jobs.emplace_back(&tier, k);
@@ -71,7 +72,7 @@ extern "C" void transform_coded_scores(const uint8_t* tiles, const int64_t* tier
             const uint8_t* tile = tier.tiles + jobs[job].second * tier.size;
             for (int64_t b = 0; b < batch; ++b) std::fill_n(sum.data() + b * TILE, TILE, tier.shift[b]);
             for (size_t i = 0; i < tier.states.size(); ++i) {
-                products(tier.widths[i], tile, tier.states[i], part.data());
+                products(tier.planes[i].width, tile, tier.states[i], part.data());
                 for (int64_t b = 0; b < batch; ++b) {
                     const float factor = tier.factors[i * batch + b];
                     for (int64_t r = 0; r < TILE; ++r) sum[b * TILE + r] += factor * part[b * TILE + r];

@@ -236,3 +236,25 @@ def test_largest_of_odd_rows(instructions: str) -> None:
     torch.testing.assert_close(total, scores.logsumexp(1), equal_nan=True)
     assert screened.largest(scores[:0], 3)[1].shape == (0, 3)
     assert screened.logsumexp(scores[:0]).shape == (0,)
+
+
+@needs_compiler
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_transform_coded_kernel_with_many_columns(
+    monkeypatch: pytest.MonkeyPatch, instructions: str, batch: int
+) -> None:
+    skip_without(instructions)
+    use(monkeypatch, instructions)
+    generator = torch.Generator().manual_seed(0)
+    head = TransformCoded(bits=10.0, tiers=2).module(300, 700).requires_grad_(False)
+    for parameter in head.parameters():
+        parameter.normal_(generator=generator)
+    for buffer in (head.basis, head.codes):
+        buffer.random_(0, 256, generator=generator)
+    head.tier_gain[350:] = 1 + 16 * 9
+    head.bits.copy_(torch.arange(600).view(2, 300) % 9)  # every width, and none
+    hidden = torch.randn(batch, 300, generator=generator)
+    exact = head.scores(hidden)
+    head.use_kernels("require")
+    assert (head.scores(hidden) - exact).abs().max() < 2e-4 * exact.abs().max()
