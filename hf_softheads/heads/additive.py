@@ -16,7 +16,9 @@ from torch import Tensor
 from hf_softheads.heads.fitting import blocks
 
 _SWEEPS = 2
-_ROUNDING = 1e-6  # of the largest cost: no gain
+_ROUNDING = 1e-6  # of the costs: no gain
+_ROWS = 1024  # whose candidates stay in cache
+_SPAN = 64  # columns
 _DAMPING = 1e-4  # of a block's mean, where entries move
 
 
@@ -50,14 +52,40 @@ def recode(
     """
     codes, slope = codes.clone(), slope.clone()
     cost = torch.zeros(len(codes), device=slope.device)
-    for s, (book, mine) in enumerate(zip(books, parts, strict=True)):
-        reach = book @ metric[mine]  # what an entry adds to the slope
-        old = codes[:, s].clone()
-        change, new = _best(old, slope[:, mine], book, reach[:, mine])
-        cost += change
-        codes[:, s] = new
-        slope += reach[new] - reach[old]
+    for run in _runs(parts):
+        inside = slice(parts[run[0]].start, parts[run[-1]].stop)
+        first = inside.start
+        moved = torch.zeros(len(codes), inside.stop - first, device=slope.device)
+        for s in run:
+            book, mine = books[s], parts[s]
+            own = slice(mine.start - first, mine.stop - first)
+            reach = book @ metric[mine, inside]  # what an entry adds to the slope
+            for start in range(0, len(codes), _ROWS):
+                at = slice(start, start + _ROWS)
+                old = codes[at, s].clone()
+                change, new = _best(old, slope[at, mine], book, reach[:, own])
+                cost[at] += change
+                codes[at, s] = new
+                slope[at, inside] += reach[new] - reach[old]
+                moved[at, own] += book[new] - book[old]
+        _reach_beyond(slope, moved, inside, metric)
     return codes, cost
+
+
+def _runs(parts: Sequence[slice]) -> list[list[int]]:
+    """Parts side by side that have few columns together: the slope beyond these is brought up to date once a run."""
+    runs: list[list[int]] = []
+    for s, mine in enumerate(parts):
+        if s and parts[s - 1].stop == mine.start and mine.stop - parts[runs[-1][0]].start <= _SPAN:
+            runs[-1].append(s)
+        else:
+            runs.append([s])
+    return runs
+
+
+def _reach_beyond(slope: Tensor, moved: Tensor, inside: slice, metric: Tensor) -> None:
+    for beyond in (slice(0, inside.start), slice(inside.stop, slope.shape[1])):
+        slope[:, beyond] += moved @ metric[inside, beyond]
 
 
 def best_moves(
@@ -79,9 +107,9 @@ def _best(old: Tensor, slope: Tensor, book: Tensor, within: Tensor) -> tuple[Ten
     """Change in cost and the number of the best entry for each row; `within = book metric`, both in one part."""
     trial = torch.addmm((within * book).sum(-1) / 2, slope - within[old], book.T)
     least, new = trial.min(-1)
-    change = least - trial.gather(1, old[:, None]).squeeze(1)
-    gains = change < -_ROUNDING * trial.abs().amax(-1)
-    return change.where(gains, 0), new.where(gains, old)
+    before = trial.gather(1, old[:, None]).squeeze(1)
+    gains = before - least > _ROUNDING * (before.abs() + least.abs())
+    return (least - before).where(gains, 0), new.where(gains, old)
 
 
 def recentre(
@@ -94,15 +122,21 @@ def recentre(
 ) -> Tensor:
     """Codebooks of less `Σ_v share_v · cost_v`, part after part, at fixed codes; other arguments as `recode`."""
     books, slope = books.clone(), slope.clone()
-    for book, code, mine in zip(books, codes.T, parts, strict=True):
-        mass = torch.zeros(len(book), device=slope.device).index_add_(0, code, share)
-        pull = torch.zeros_like(book).index_add_(0, code, slope[:, mine] * share[:, None])
-        pull /= mass.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-        block = metric[mine, mine].clone()
-        block.diagonal().add_(_DAMPING * block.diagonal().mean())
-        move = -torch.linalg.solve(block, pull.T).T
-        book += move
-        slope += (move @ metric[mine])[code]
+    for run in _runs(parts):
+        inside = slice(parts[run[0]].start, parts[run[-1]].stop)
+        moved = torch.zeros(len(codes), inside.stop - inside.start, device=slope.device)
+        for s in run:
+            book, code, mine = books[s], codes[:, s], parts[s]
+            mass = torch.zeros(len(book), device=slope.device).index_add_(0, code, share)
+            pull = torch.zeros_like(book).index_add_(0, code, slope[:, mine] * share[:, None])
+            pull /= mass.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+            block = metric[mine, mine].clone()
+            block.diagonal().add_(_DAMPING * block.diagonal().mean())
+            move = -torch.linalg.solve(block, pull.T).T
+            book += move
+            slope[:, inside] += (move @ metric[mine, inside])[code]
+            moved[:, mine.start - inside.start : mine.stop - inside.start] += move[code]
+        _reach_beyond(slope, moved, inside, metric)
     return books
 
 

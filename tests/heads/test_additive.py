@@ -32,8 +32,11 @@ class Problem(NamedTuple):
         return (compose(self.codes, self.books, self.parts, WIDTH) - self.wanted) @ self.metric
 
 
-@pytest.fixture(params=["product", "residual"])
-def problem(request: pytest.FixtureRequest) -> Problem:
+@pytest.fixture(params=["product", "product in two runs", "residual"])
+def problem(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Problem:
+    if "runs" in request.param:
+        monkeypatch.setattr("hf_softheads.heads.additive._SPAN", 4)
+    monkeypatch.setattr("hf_softheads.heads.additive._ROWS", 16)
     generator = torch.Generator().manual_seed(0)
     each = WIDTH // STAGES
     parts = [slice(s * each, (s + 1) * each) for s in range(STAGES)]
