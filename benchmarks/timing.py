@@ -15,6 +15,8 @@ import torch
 
 _FLUSH = torch.zeros(24 * 2**20, dtype=torch.float32)  # 96 MiB: more than any cache here
 
+_NEAR = 10  # rounds: two seconds
+
 
 def compare(
     candidates: Mapping[str, Callable[[], Any]],
@@ -26,10 +28,11 @@ def compare(
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
-    """Time every candidate once a round, in shuffled order; ratios are taken within a round.
+    """Time every candidate once a round, in shuffled order; ratios are taken within a round, or the nearest one.
 
     A sample whose threads had to wait for a core that another process held is dropped: with two threads in a barrier
-    one such wait costs a scheduler slice, fifty times what a small head takes.
+    one such wait costs a scheduler slice, fifty times what a small head takes. Where the baseline's own sample was
+    dropped, that of the nearest round stands in, at most `_NEAR` rounds away.
 
     Args:
         rounds: stop when every candidate has so many clean samples.
@@ -50,10 +53,7 @@ def compare(
     for function in candidates.values():
         function()
     began = time.perf_counter()
-    while (
-        min(sum({baseline, name} <= taken.keys() for taken in clean) for name in candidates)
-        < rounds
-    ):
+    while min(len(_pairs(name, baseline, clean)) for name in candidates) < rounds:
         names = list(candidates)
         order.shuffle(names)
         taken: dict[str, float] = {}
@@ -76,9 +76,7 @@ def compare(
 def _summary(
     name: str, baseline: str, clean: list[dict[str, float]], dropped: int
 ) -> dict[str, float]:
-    pairs = [
-        (taken[baseline], taken[name]) for taken in clean if baseline in taken and name in taken
-    ]
+    pairs = _pairs(name, baseline, clean)
     if len(pairs) < 3:
         raise RuntimeError(
             f"{name}: {dropped} of {len(clean)} samples waited for a core; the machine is too busy"
@@ -93,6 +91,18 @@ def _summary(
         "rounds": len(ratios),
         "dropped": dropped,
     }
+
+
+def _pairs(name: str, baseline: str, clean: list[dict[str, float]]) -> list[tuple[float, float]]:
+    """Samples of the baseline and of a candidate that were taken soon after each other."""
+    known = [i for i, taken in enumerate(clean) if baseline in taken]
+    pairs = []
+    for i, taken in enumerate(clean):
+        if name in taken and known:
+            nearest = min(known, key=lambda k: abs(k - i))
+            if abs(nearest - i) <= _NEAR:
+                pairs.append((clean[nearest][baseline], taken[name]))
+    return pairs
 
 
 def _waited() -> float:
