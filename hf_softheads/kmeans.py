@@ -99,13 +99,14 @@ def nearest(
     mean = centers.mean(0)  # smaller numbers, less cancellation
     centers = centers - mean
     half = centers.square().sum(1) / 2
-    labels, cost = [], []
-    for part in points.split(max(1, _CHUNK_ELEMENTS // max(centers.shape))):
-        part = (part.float() if metric is None else part.float() @ metric) - mean
-        label = (part @ centers.T).sub_(half).max(1).indices
-        labels.append(label)
-        cost.append((part - centers[label]).square().sum(1))
-    return torch.cat(labels), torch.cat(cost)
+    labels = torch.empty(len(points), dtype=torch.long, device=points.device)
+    cost = torch.empty(len(points), device=points.device)
+    for part in _parts(points, _CHUNK_ELEMENTS, max(centers.shape)):
+        own = points[part].float() if metric is None else points[part].float() @ metric
+        own = own - mean
+        labels[part] = (own @ centers.T).sub_(half).max(1).indices
+        cost[part] = (own - centers[labels[part]]).square().sum(1)
+    return labels, cost
 
 
 def weighted_means(
@@ -123,7 +124,9 @@ def weighted_means(
 
 def require_finite(matrix: Tensor, what: str) -> None:
     """Raise ValueError naming the first row of `matrix` that holds NaN or inf."""
-    sums = torch.cat([matrix[part].float().sum(1) for part in _parts(matrix, _BLOCK_ELEMENTS)])
+    sums = torch.empty(len(matrix), device=matrix.device)
+    for part in _parts(matrix, _BLOCK_ELEMENTS):
+        sums[part] = matrix[part].float().sum(1)
     bad = (~sums.isfinite()).nonzero().flatten()
     if len(bad):
         raise ValueError(
@@ -192,7 +195,9 @@ def _draw_seeds(space: _Space, weights: Tensor, clusters: int, seed: int) -> Ten
     """Indices of distinct points: candidates drawn with probability `w D²`, of which those are kept that gain most."""
     generator = torch.Generator().manual_seed(seed)
     scored = space.scored
-    norms = torch.cat([space[part].square().sum(1) for part in _parts(space, _BLOCK_ELEMENTS)])
+    norms = torch.empty(len(space), device=scored.device)
+    for part in _parts(space, _BLOCK_ELEMENTS):
+        norms[part] = space[part].square().sum(1)
     chosen = torch.empty(0, dtype=torch.long, device=norms.device)
     distance = torch.full_like(norms, float(norms.max()) + 1)
     while len(chosen) < clusters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec, index_dtype
-from hf_softheads.heads.fitting import blocks, in_chunks, linear_log_mass, progress, scores_of
+from hf_softheads.heads.fitting import blocks, linear_log_mass, over_states, scores_of
 from hf_softheads.heads.metric import principal_directions
 from hf_softheads.kmeans import require_finite
 
@@ -81,8 +82,9 @@ class Adaptive(HeadSpec, name="adaptive"):
         first = self.cutoffs[0]
         head.weight[:first] = weight[order[:first]]
         states = stats.states[:_STATES].to(weight.device)
-        parts = progress(list(in_chunks(states, len(weight))), "dense log Σ exp")
-        total = torch.cat([scores_of(h, weight, bias).logsumexp(-1) for h in parts])
+        total = over_states(
+            lambda h: scores_of(h, weight, bias).logsumexp(-1), states, len(weight), "all tokens"
+        )
         for band, (start, stop) in enumerate(head.bands):
             mine = order[start:stop]
             seen = dataclasses.replace(stats, curvature=stats.curvature.to(weight.device)[mine])
@@ -90,10 +92,15 @@ class Adaptive(HeadSpec, name="adaptive"):
             for which in blocks(len(mine)):
                 head.up[band][which] = weight[mine[which]].float() @ project
             head.down[band].copy_(down)
-            parts = progress(list(in_chunks(states, len(mine))), f"band {band + 1}")
-            mass = torch.cat([head.band(h, band).logsumexp(-1) for h in parts])
+            mass_of = functools.partial(_mass, head, band)
+            mass = over_states(mass_of, states, len(mine), f"band {band + 1}")
             row, shift = linear_log_mass(states, mass, total)
             head.weight[first + band], head.band_bias[band] = row, shift
+
+
+def _mass(head: AdaptiveHead, band: int, hidden: Tensor) -> Tensor:
+    """`log Σ exp` of a band's logits."""
+    return head.band(hidden, band).logsumexp(-1)
 
 
 class AdaptiveHead(Head):

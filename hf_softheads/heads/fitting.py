@@ -43,6 +43,26 @@ def scores_of(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return scores if bias is None else scores.add_(bias)
 
 
+def over_states(
+    function: Callable[[Tensor], Tensor], states: Tensor, vocab: int, description: str
+) -> Tensor:
+    """`function` of hidden states, in parts as `in_chunks` cuts them, joined; with a bar.
+
+    Results go to one place at once: small tensors that stay between large ones that go would fragment the memory.
+    """
+    found: Tensor | None = None
+    start = 0
+    for part in progress(list(in_chunks(states, vocab)), description):
+        own = function(part)
+        if found is None:
+            found = own.new_empty((len(states), *own.shape[1:]))
+        found[start : start + len(part)] = own
+        start += len(part)
+        del own
+    assert found is not None
+    return found
+
+
 def in_chunks(states: Tensor, vocab: int) -> Iterator[Tensor]:
     """Hidden states `(S, D)` in parts so small that their logits can be held in fp32 several times."""
     yield from states.split(max(1, _LOGITS // vocab))

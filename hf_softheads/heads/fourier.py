@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
-from hf_softheads.heads.fitting import in_chunks, progress, scores_of
+from hf_softheads.heads.fitting import over_states, progress, scores_of
 from hf_softheads.kmeans import require_finite
 
 if TYPE_CHECKING:
@@ -134,12 +134,13 @@ class Fourier(HeadSpec, name="fourier"):
 
 def _others(head: FourierHead, weight: Tensor, states: Tensor) -> Tensor:
     """`log Σ exp` of the dense logits of the tokens that are not ordinal, `(S,)`."""
-    found = []
-    for h in progress(list(in_chunks(states, len(weight))), "other tokens"):
+
+    def rest(h: Tensor) -> Tensor:
         z = scores_of(h, weight).mul_(head.logit_scale)
         z[:, head.start : head.stop] = -torch.inf
-        found.append(z.logsumexp(-1))
-    return torch.cat(found)
+        return z.logsumexp(-1)
+
+    return over_states(rest, states, len(weight), "other tokens")
 
 
 def _roughness(coefficients: Tensor) -> Tensor:

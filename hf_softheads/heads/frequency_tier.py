@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.fitting import in_chunks, linear_log_odds, progress, scores_of
+from hf_softheads.heads.fitting import linear_log_odds, over_states, scores_of
 from hf_softheads.heads.vq import VQHead
 from hf_softheads.kmeans import require_finite
 
@@ -85,14 +85,15 @@ def _tail(
     """The common row of the tokens `rest` and the bias of each."""
     transform = head.transform or (lambda z: z)
     states = stats.states[:_STATES].to(weight.device)
-    known, mass = [], []
     inside = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
     inside[rest] = False
-    for h in progress(list(in_chunks(states, len(weight))), "tail"):
+
+    def masses(h: Tensor) -> Tensor:
         z = transform(scores_of(h, weight, bias))
-        known.append(z[:, inside].logsumexp(-1))
-        mass.append(z[:, rest].logsumexp(-1))
-    row, shift = linear_log_odds(states, torch.cat(known), torch.cat(mass))
+        return torch.stack([z[:, inside].logsumexp(-1), z[:, rest].logsumexp(-1)], 1)
+
+    known, mass = over_states(masses, states, len(weight), "tail").unbind(1)
+    row, shift = linear_log_odds(states, known, mass)
     prior = stats.mean_prob.to(weight.device)[rest].double().log()
     prior = (prior - prior.logsumexp(0)).float()
     return row / head.gain, (prior + shift) / head.gain
@@ -121,8 +122,9 @@ class FrequencyTierHead(VQHead):
         seen = (counts.double() + stats.mean_prob.double()).argsort(descending=True, stable=True)
         inside = torch.zeros(stats.vocab, dtype=torch.bool)
         inside[seen[: self.singletons]] = True
-        chunks = progress(list(in_chunks(states, stats.vocab)), "coverage")
-        greedy = torch.cat([scores_of(h, weight, bias).argmax(-1) for h in chunks]).cpu()
+        greedy = over_states(
+            lambda h: scores_of(h, weight, bias).argmax(-1), states, stats.vocab, "coverage"
+        ).cpu()
         shares = torch.stack([inside[labels], inside[greedy]]).double().mean(1)
         self.millionths.copy_((1e6 * shares).round())
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec, index_dtype
-from hf_softheads.heads.fitting import blocks, in_chunks, progress, scores_of
+from hf_softheads.heads.fitting import blocks, over_states, progress, scores_of
 from hf_softheads.heads.metric import metric_root
 from hf_softheads.heads.outer import OuterHead, OuterSpec
 from hf_softheads.kmeans import kmeans, require_finite, weighted_means
@@ -104,7 +104,9 @@ def _tangents(
 ) -> tuple[Tensor, Tensor]:
     """Row and shift of the tangent of `log Σ_{v in class} exp(gain · z_v) / gain` at each class's center."""
     parts = list(blocks(len(weight)))
-    z = torch.cat([(weight[part].float() * centers[labels[part]]).sum(-1) for part in parts])
+    z = torch.empty(len(weight), device=weight.device)
+    for part in parts:
+        z[part] = (weight[part].float() * centers[labels[part]]).sum(-1)
     z = gain * (z if bias is None else z + bias)
     total = within_classes(z, labels, len(centers))
     share = (z - total[labels]).exp()
@@ -125,12 +127,11 @@ def _refine(
 ) -> tuple[Tensor, Tensor]:
     """Class rows that minimise `E KL(dense p(class | h) ‖ softmax)` on some hidden states, from the given ones."""
     classes = len(rows)
-    wanted = torch.cat(
-        [
-            within_classes(gain * scores_of(h, weight, bias), labels, classes).softmax(-1)
-            for h in progress(list(in_chunks(states, len(weight))), "classes")
-        ]
-    )
+
+    def shares(h: Tensor) -> Tensor:
+        return within_classes(gain * scores_of(h, weight, bias), labels, classes).softmax(-1)
+
+    wanted = over_states(shares, states, len(weight), "classes")
     moment = states.T @ states / len(states)
     start = rows.clone()
     rows, shifts = rows.clone().requires_grad_(), shifts.clone().requires_grad_()

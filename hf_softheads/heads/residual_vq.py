@@ -124,9 +124,9 @@ def _beam_search(points: Tensor, books: Tensor, beam: int) -> Tensor:
     entries = books.flatten(0, 1)
     tables = [entries[: s * codes] @ (2 * book).T for s, book in enumerate(books)]
     norms = books.square().sum(-1)
-    found = []
-    parts = points.split(max(1, _ELEMENTS // (max(beam, stages) * max(codes, dim))))
-    for part in progress(parts, "beam search"):
+    found = torch.empty(len(points), stages, dtype=torch.long, device=points.device)
+    parts = points.split(step := max(1, _ELEMENTS // (max(beam, stages) * max(codes, dim))))
+    for place, part in progress(list(enumerate(parts)), "beam search"):
         count = len(part)
         alone = norms - 2 * (part @ entries.T).view(count, stages, codes)
         cost = part.square().sum(-1, keepdim=True)  # (n, kept)
@@ -139,8 +139,8 @@ def _beam_search(points: Tensor, books: Tensor, beam: int) -> Tensor:
             kept, code = best // codes, best % codes
             before = chosen.gather(1, kept.unsqueeze(-1).expand(-1, -1, stage))
             chosen = torch.cat([before, code.unsqueeze(-1)], -1)
-        found.append(chosen[:, 0])
-    return torch.cat(found)
+        found[place * step : place * step + count] = chosen[:, 0]
+    return found
 
 
 class ResidualVQHead(RowsHead):

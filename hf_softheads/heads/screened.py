@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.dense import Dense
-from hf_softheads.heads.fitting import in_chunks, progress, scores_of
+from hf_softheads.heads.fitting import over_states, scores_of
 from hf_softheads.kernels import why_not
 from hf_softheads.kernels.screened import largest, logsumexp
 
@@ -198,17 +198,19 @@ class ScreenedHead(Head):
     def calibrate(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Set `weight` so that the mean of `log Σ exp` on these hidden states is that of the dense head."""
         transform = self.transform or (lambda z: z)
-        true, exact, rest = [], [], []
-        for h in in_chunks(states, len(weight)):
-            true.append(transform(scores_of(h, weight, bias)).logsumexp(-1))
-        parts = states.split(max(1, 2**24 // self._width))
-        for h in progress(parts, "tail of the screen"):
+
+        def true(h: Tensor) -> Tensor:
+            return transform(scores_of(h, weight, bias)).logsumexp(-1)
+
+        def masses(h: Tensor) -> Tensor:
             previews = self.screen.scores(h).float()
             tokens = previews.topk(self.candidates, -1).indices
-            exact.append(transform(self.inner.score(h, tokens)).logsumexp(-1))
+            exact = transform(self.inner.score(h, tokens)).logsumexp(-1)
             tail = transform(previews).scatter(-1, tokens, -torch.inf)
-            rest.append(tail.logsumexp(-1))
-        wanted, known, tail = torch.cat(true).mean(), torch.cat(exact), torch.cat(rest)
+            return torch.stack([exact, tail.logsumexp(-1)], 1)
+
+        wanted = over_states(true, states, len(weight), "all tokens").mean()
+        known, tail = over_states(masses, states, self._width, "tail of the screen").unbind(1)
         if not bool(tail.isfinite().any()):
             return  # every token is a candidate
         shift = torch.zeros((), device=tail.device)

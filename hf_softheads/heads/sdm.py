@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec, index_dtype
-from hf_softheads.heads.fitting import best_scale, in_chunks
+from hf_softheads.heads.fitting import best_scale, in_chunks, over_states
 from hf_softheads.heads.outer import OuterHead, OuterSpec
 
 if TYPE_CHECKING:
@@ -84,8 +84,12 @@ class SDM(OuterSpec, name="sdm"):
         kept, rest = stats.states[:count], stats.states[count : 2 * count].to(weight.device)
         head.keys.copy_(kept)
         labels = stats.labels[:count].to(weight.device)
-        chunks = in_chunks(kept.to(weight.device), len(weight))
-        guesses = torch.cat([head.inner.scores(h).argmax(-1) for h in chunks])
+        guesses = over_states(
+            lambda h: head.inner.scores(h).argmax(-1),
+            kept.to(weight.device),
+            len(weight),
+            "guesses",
+        )
         head.labels.copy_(torch.where(guesses == labels, labels, -1))
         head.distances.copy_(head.nearest(rest)[0][:, 0].sort().values)
         truth = stats.labels[count : 2 * count].to(weight.device)

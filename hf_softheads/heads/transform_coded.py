@@ -128,7 +128,9 @@ class TransformCoded(HeadSpec, name="transform_coded"):
         head.tier_gain[tokens] += gains << 4
         sizes = [stop - start for start, stop in head.ranges]
         head.bits.copy_(water_fill(energy, sizes, len(head.codes)))
-        metrics = [basis @ moment @ basis.T for moment in moments]
+        metrics = torch.empty(len(moments), *basis.shape[:1] * 2, dtype=basis.dtype, device=device)
+        for metric, moment in zip(metrics, moments, strict=True):
+            metric.copy_(basis @ moment @ basis.T)
         del moments
         for tier, (start, stop) in progress(list(enumerate(head.ranges)), "tiers"):
             mine = tokens[start:stop]
@@ -157,7 +159,7 @@ def _gain_value(code: Tensor) -> Tensor:
 
 
 def _quantize_tier(
-    head: TransformCodedHead, tier: int, points: Tensor, labels: Tensor, moments: list[Tensor]
+    head: TransformCodedHead, tier: int, points: Tensor, labels: Tensor, moments: Tensor
 ) -> None:
     """Codes, scales and offsets of one tier from its `points (n, K)`; `labels` choose each row's metric."""
     bits = head.bits[tier].long()
