@@ -7,7 +7,7 @@ discrete step (arXiv 2405.14852) the gradient over the curvature: the entry near
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -146,15 +146,16 @@ def settle(
     parts: Sequence[slice],
     wanted: Callable[[Tensor], Tensor],
     labels: Tensor,
-    moments: Tensor,
+    moments: Iterable[Tensor],
 ) -> None:
     """Two sweeps of `recode` for all rows in place, each in the metric of its label, a block of rows at a time.
 
     Args:
         codes: `(V, S)` of any integer type; wanted: row numbers to rows `(n, K)` fp32; labels: `(V,)`;
-        moments: `(L, K, K)`.
+        moments: of each label, `(K, K)`.
     """
-    for label, metric in enumerate(moments.float()):
+    for label, moment in enumerate(moments):
+        metric = moment.float()
         mine = (labels == label).nonzero().flatten()
         for part in blocks(len(mine)):
             which = mine[part]

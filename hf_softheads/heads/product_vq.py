@@ -148,8 +148,9 @@ def _refine(
     labels, moments = local_moments(stats, weight)
     if head.basis is not None:
         basis = head.basis.double()
-        moments = basis @ moments @ basis.T
-    settle(codes, books, head.parts, wanted, labels, moments)
+        settle(codes, books, head.parts, wanted, labels, (basis @ m @ basis.T for m in moments))
+    else:
+        settle(codes, books, head.parts, wanted, labels, moments)
 
 
 def _parts(weight: Tensor, forward: Tensor | None, width: int) -> Iterator[Tensor]:
