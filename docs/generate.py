@@ -230,6 +230,33 @@ def attention_table() -> str:
     return table.markdown()
 
 
+def fit_table() -> str:
+    """What fitting each head takes at the size of a 0.6 B model's, from `fit_scale.json`."""
+    found = _results("fit_scale")
+    table = Table(["head", "CPU seconds", "memory ÷ dense matrix", "KL"])
+    for row in found["rows"].values():
+        kl = "–" if row["kl"] is None else f"{row['kl']:.4f}"
+        table.add(_spec(row["spec"]), f"{row['seconds']:.0f}", f"{row['share']:.1f}", kl)
+    vocab, dim = found["shape"]
+    size = human_bytes(2 * vocab * dim)
+    return (
+        f"{table.markdown()}\n\n`sh.patch` of a V={vocab:,}, D={dim:,} head, statistics of {found['states']:,} hidden "
+        "states. Processor time of one thread. Memory: growth of the peak beyond the loaded model and the statistics, "
+        f"the new head included, in multiples of the dense bf16 matrix ({size}). KL from the dense head on synthetic "
+        f"rows, which tells nothing of real ones. {_where(found, '../')}"
+    )
+
+
+def _spec(spec: dict[str, Any]) -> str:
+    """A spec as one writes it, without what is None."""
+    fields = [
+        f"{name}={_spec(value) if isinstance(value, dict) else value}"
+        for name, value in spec.items()
+        if name != "name" and value is not None and value != {"name": "dense"}
+    ]
+    return f"{spec['name']}({', '.join(fields)})"
+
+
 def head_variants_table() -> str:
     """Every head variant and every classifier, from the docstring and the fields of its class."""
     table = Table(["name", "what it computes", "source", "fields", "lossless setting"])
@@ -315,6 +342,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "frontier": (ROOT / "README.md", frontier_table),
     "heads": (ROOT / "docs" / "heads.md", heads_table),
     "head variants": (ROOT / "docs" / "heads.md", head_variants_table),
+    "fit": (ROOT / "docs" / "heads.md", fit_table),
     "head speed": (ROOT / "docs" / "heads.md", head_speed_table),
     "confidence": (ROOT / "docs" / "heads.md", confidence_table),
     "losses": (ROOT / "docs" / "losses.md", losses_table),
