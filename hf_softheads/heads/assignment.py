@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from hf_softheads.heads.fitting import gumbel_choice
 from hf_softheads.heads.metric import metric_root
 from hf_softheads.kmeans import fill_empty, kmeans, nearest, require_finite
 
@@ -146,10 +147,7 @@ def learn_assignment(
         where = torch.randint(len(states), (min(_BATCH, len(states)),), generator=generator)
         h = states[where].to(weight.device)
         some = torch.multinomial(probability, count, generator=generator).to(weight.device)
-        noise = torch.empty(theta[some].shape).exponential_(generator=generator).log().neg()
-        soft = ((theta[some] + noise.to(weight.device)) / heat).softmax(-1)
-        hard = F.one_hot(soft.argmax(-1), candidates).float()
-        picked = hard + soft - soft.detach()
+        picked = gumbel_choice(theta[some], heat, generator)
         rows = (picked.unsqueeze(-1) * book[options[some]]).sum(1)
         scores = F.linear(h, rows, None if bias is None else bias[some])
         rarity = log_rarity[some]  # a token drawn seldom stands for many

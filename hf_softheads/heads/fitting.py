@@ -144,3 +144,11 @@ def linear_log_odds(
         optimizer.step(loss)
     found = found.detach()
     return found[:-1], found[-1:]
+
+
+def gumbel_choice(logits: Tensor, heat: float, generator: torch.Generator) -> Tensor:
+    """One of the last axis, drawn by `softmax(logits / heat)` with Gumbel noise: hard forward, soft backward."""
+    noise = torch.empty(logits.shape).exponential_(generator=generator).log().neg()
+    soft = ((logits + noise.to(logits.device)) / heat).softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), logits.shape[-1]).float()
+    return hard + soft - soft.detach()

@@ -7,10 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_softheads.heads import Cascade, FrequencyTier, Quantized, Screened
+from hf_softheads.heads import (
+    Cascade,
+    ContextScreen,
+    FrequencyTier,
+    Quantized,
+    Screened,
+    context_screen,
+)
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.registry import spec_from_dict
-from tests.heads.conftest import Toy
+from tests.heads.conftest import Toy, make_toy
 
 
 def fitted(spec: HeadSpec, toy: Toy) -> Head:
@@ -93,8 +100,9 @@ def test_as_a_screen_the_tier_is_beaten_by_its_refinement(inner: HeadSpec, toy: 
     assert cascade < refined < 0.8 * alone
 
 
-def test_compositions_survive_json() -> None:
-    spec = Screened(FrequencyTier(32), 64, Quantized(4))
+@pytest.mark.parametrize("screen", [FrequencyTier(32), ContextScreen(4, 8)], ids=lambda s: s.name)
+def test_compositions_survive_json(screen: HeadSpec) -> None:
+    spec = Screened(screen, 64, Quantized(4))
     assert spec_from_dict("head", spec.to_dict()) == spec
 
 
@@ -104,8 +112,94 @@ def test_refuses_impossible_tiers(tokens: int) -> None:
         Screened(FrequencyTier(tokens), 8).check(16, 256)
 
 
-@pytest.mark.parametrize("spec", [FrequencyTier(8)], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "spec",
+    [FrequencyTier(8), ContextScreen(4, 8), Screened(ContextScreen(4, 8), 8)],
+    ids=lambda s: s.name,
+)
 def test_needs_statistics(spec: HeadSpec, toy: Toy) -> None:
     head = spec.module(*toy.shape)
     with pytest.raises(ValueError, match=r"needs .*sh\.collect"):
         spec.fit(head, toy.weight, None, None)
+
+
+def test_scores_are_the_cluster_s_probabilities(toy: Toy) -> None:
+    head = fitted(ContextScreen(8, 40), toy)
+    with torch.no_grad():
+        found = head(toy.hidden).log_softmax(-1)
+        which = head.cluster(toy.hidden)  # type: ignore[operator]
+        dense = (toy.hidden @ toy.weight.T).softmax(-1)
+    assert len(which.unique()) == 8
+    for t in range(8):
+        inside = found[which == t]
+        torch.testing.assert_close(inside, inside[:1].expand_as(inside), rtol=1e-4, atol=1e-4)
+        mean = dense[which == t].mean(0)
+        gap = (inside[0].exp() - mean).abs().sum()
+        assert gap < (dense.mean(0) - mean).abs().sum()
+        best = set(head.ids[t].tolist())  # type: ignore[index]
+        assert set(mean.topk(10).indices.tolist()) <= best
+        assert len(best) == 40
+
+
+def test_the_level_is_that_of_the_dense_head(toy: Toy) -> None:
+    with torch.no_grad():
+        found = fitted(ContextScreen(8, 40), toy)(toy.stats.states).logsumexp(-1)
+    true = (toy.stats.states @ toy.weight.T).logsumexp(-1)
+    assert float((found - true).mean()) == pytest.approx(0, abs=0.01)
+    assert (found - true).var() < 0.85 * true.var()
+
+
+def test_training_lowers_the_cross_entropy_of_other_states(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = divergence(fitted(ContextScreen(16, 64), toy), toy)
+    monkeypatch.setattr(context_screen, "_train", lambda rows, *_: rows)
+    assert trained < divergence(fitted(ContextScreen(16, 64), toy), toy)
+
+
+def test_clusters_of_contexts_beat_one_set_for_all(toy: Toy) -> None:
+    heads = [fitted(Screened(ContextScreen(r, 24), 24), toy) for r in (1, 32)]
+    one, many = (divergence(head, toy) for head in heads)
+    assert many < 0.8 * one
+    coverage = [head.screen.coverage for head in heads]  # type: ignore[union-attr]
+    greedy = (toy.hidden @ toy.weight.T).argmax(-1)
+    for head, stated in zip(heads, coverage, strict=True):
+        ids = head.screen.ids[head.screen.cluster(toy.hidden)]  # type: ignore[union-attr, operator, index]
+        assert stated == pytest.approx(
+            float((ids == greedy[:, None]).any(-1).float().mean()), abs=0.1
+        )
+    assert coverage[0] < coverage[1]
+    assert heads[1].screen.bytes_read < heads[1].screen.nbytes / 2  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize("spec", [ContextScreen(0), ContextScreen(4, 0), ContextScreen(4, 257)])
+def test_refuses_impossible_clusters(spec: ContextScreen) -> None:
+    with pytest.raises(ValueError, match=r"context_screen asked for .* 1 to 256 tokens"):
+        Screened(spec, 8).check(16, 256)
+
+
+def test_refuses_more_clusters_than_states(toy: Toy) -> None:
+    few = replace(toy.stats, states=toy.stats.states[:64], labels=toy.stats.labels[:64])
+    spec = ContextScreen(57, 8)
+    with pytest.raises(ValueError, match="57 clusters, the statistics hold 64 hidden states of"):
+        spec.fit(spec.module(*toy.shape), toy.weight, None, few)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [Screened(Quantized(8), 12), Cascade(Quantized(8), 12, margin=3.0)],
+    ids=lambda s: f"{s.name} by {s.screen.name}",
+)
+def test_samples_follow_the_dense_distribution(spec: Screened) -> None:
+    """χ² of 200,000 draws; a tail that is masked, or of a wrong weight, has a tenth of the probability to show it."""
+    small = make_toy(48, 16)
+    head = fitted(spec, small)
+    dense = (small.hidden @ small.weight.T).softmax(-1)
+    flat = dense.topk(spec.candidates, -1).values.sum(-1).sub(0.9).abs().argmin()
+    draws, expected = 200_000, dense[flat].double()
+    generator = torch.Generator().manual_seed(3)
+    found = head.sample(small.hidden[flat].expand(draws, -1), generator=generator)
+    counts = torch.bincount(found, minlength=48).double()
+    chi2 = float(((counts - draws * expected).square() / (draws * expected)).sum())
+    assert expected.sort().values[: 48 - spec.candidates].sum() > 0.05
+    assert chi2 < 47 + 4 * (2 * 47) ** 0.5
