@@ -30,6 +30,9 @@ from hf_softheads.corpus import stdlib_documents
 from hf_softheads.data import windows
 from hf_softheads.heads import (
     VQ,
+    Cascade,
+    ContextScreen,
+    FrequencyTier,
     LowRank,
     LowRankResidual,
     ProductVQ,
@@ -83,6 +86,10 @@ def candidates(dim: int, vocab: int) -> list[tuple[str, Any, bool]]:
             ("screened", Screened(TransformCoded(bits), count), True)
             for bits, count in ((1.5, 256), (2.0, 128), (2.1, 64))
         ),
+        ("cascade, margin 1", Cascade(TransformCoded(1.5), 256), True),
+        ("screened by low_rank", Screened(LowRank(dim // 2, Quantized(3)), 256), True),
+        ("screened by contexts", Screened(ContextScreen(64, vocab // 8), vocab // 8), True),
+        ("frequency_tier", FrequencyTier(vocab // 8), True),
     ]
     return plain + ours
 
