@@ -101,7 +101,7 @@ class SoftheadsQuantizer(HfQuantizer):
         if isinstance(plan.head, ClassifierSpec):
             if type(model).__name__.endswith("ForSequenceClassification"):
                 with torch.device("meta"):
-                    classifier = patching.build_classifier(model, plan.head)
+                    classifier = bridge.build_classifier(model, plan.head)
                 patching.cast(classifier, model.dtype)
                 patching.install_classifier(model, classifier)
         elif plan.head is not None and model.get_output_embeddings() is not None:

@@ -83,7 +83,9 @@ def patch(
             )
     new_head: Head | PooledClassifier | None = None
     if isinstance(plan.head, ClassifierSpec):
-        new_head = _pooled_classifier(base, plan.head, kernels)
+        if kernels == "require":
+            _require(f"classifier {plan.head.name}", "there is none for this variant")
+        new_head = bridge.fresh_classifier(base, plan.head)
     elif plan.head is not None:
         new_head = _fitted_head(base, plan.head, stats, kernels)
     variants = _fresh_variants(base, plan, kernels)
@@ -176,18 +178,6 @@ def install_classifier(model: PreTrainedModel, classifier: PooledClassifier) -> 
     name, _ = bridge.find_classifier(model)
     bridge.adopt(model)
     setattr(model, name, classifier)
-
-
-def build_classifier(model: PreTrainedModel, spec: ClassifierSpec) -> PooledClassifier:
-    """A fresh module around the model's own.
-
-    Raises:
-        ValueError: the model is no sequence classifier, or the spec does not suit it.
-    """
-    _, inner = bridge.find_classifier(model)
-    dim, labels = bridge.text_config(model).hidden_size, model.config.num_labels
-    spec.check(dim, labels)
-    return spec.module(dim, labels, inner)
 
 
 def install_attention(model: PreTrainedModel, variants: dict[int, AttentionVariant]) -> None:
@@ -283,23 +273,6 @@ def _fitted_head(
 
         add_hook_to_module(head, dense._hf_hook)
     return head
-
-
-def _pooled_classifier(
-    model: PreTrainedModel, spec: ClassifierSpec, kernels: Mode
-) -> PooledClassifier:
-    classifier = build_classifier(model, spec)
-    if kernels == "require":
-        _require(f"classifier {spec.name}", "there is none for this variant")
-    like = next(classifier.inner.parameters())
-    if like.device.type == "meta":
-        raise ValueError(
-            "the classifier is not in memory (meta device or offloaded); patch the model before offloading"
-        )
-    classifier.reset_parameters()
-    for parameter in (classifier.query, classifier.sharpness, classifier.weight):
-        parameter.data = parameter.data.to(like)
-    return classifier.train(classifier.inner.training)
 
 
 def cast(head: Head | PooledClassifier, dtype: torch.dtype) -> None:

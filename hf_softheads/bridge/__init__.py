@@ -16,7 +16,12 @@ from hf_softheads.bridge.attention import (
     take_sinks,
     visible,
 )
-from hf_softheads.bridge.classifiers import active_classifier, find_classifier
+from hf_softheads.bridge.classifiers import (
+    active_classifier,
+    build_classifier,
+    find_classifier,
+    fresh_classifier,
+)
 from hf_softheads.bridge.heads import (
     Function,
     Reader,
@@ -44,12 +49,14 @@ __all__ = [
     "attention_forward",
     "attention_layers",
     "base_model",
+    "build_classifier",
     "check_transform",
     "check_values",
     "disown",
     "find_classifier",
     "find_head",
     "forget_hidden",
+    "fresh_classifier",
     "geometry",
     "head_as",
     "logit_transform",
