@@ -33,6 +33,7 @@ from hf_softheads.heads import (
     Cascade,
     ContextScreen,
     FrequencyTier,
+    Lattice,
     LowRank,
     LowRankResidual,
     ProductVQ,
@@ -69,6 +70,7 @@ def candidates(dim: int, vocab: int) -> list[tuple[str, Any, bool]]:
         ("product_vq, 64 codes, no basis", ProductVQ(dim, 64, False), True),
         *(("residual_vq", ResidualVQ(4, codes), True) for codes in (64, 256, 1024)),
         *(("quantized", Quantized(bits), True) for bits in (2, 3, 4, 5, 6, 8)),
+        *(("lattice", Lattice(stages), True) for stages in (1, 2)),
         *(("low_rank", LowRank(dim * part // 4), True) for part in (1, 2, 3)),
         *(("low_rank_residual", LowRankResidual(8, bits), True) for bits in (2, 3, 4)),
         *(

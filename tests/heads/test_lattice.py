@@ -1,0 +1,54 @@
+"""The E8 codebook: its points, the nearest of them, and what they are better at than uniform grids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_softheads.heads import Lattice, Quantized
+from hf_softheads.heads.lattice import _points, nearest_points, shapes
+from tests.heads.conftest import make_toy
+
+
+def codebook() -> torch.Tensor:
+    codes = torch.arange(2**16)
+    return _points((codes >> 8).to(torch.uint8)[:, None], (codes & 255).to(torch.uint8)[:, None])
+
+
+def test_codebook_is_a_shifted_lattice() -> None:
+    assert shapes().shape == (256, 8)
+    assert int((shapes().square().sum(1) <= 10).sum()) == 227  # as QuIP# counts them
+    points = codebook()
+    assert len(points.unique(dim=0)) == 2**16
+    shift = torch.where(points[:, :1] % 1 == 0.25, -0.25, 0.25)
+    bare = points - shift
+    assert bool((bare % 1 == 0.5).all())
+    assert bool((bare.sum(1) % 2 == 0).all())
+
+
+def test_nearest_point_is_the_nearest() -> None:
+    values = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) * 1.5
+    shape, sign = nearest_points(values)
+    found = (_points(shape[:, None], sign[:, None]) - values).square().sum(1)
+    least = torch.cdist(values, codebook()).square().amin(1)
+    torch.testing.assert_close(found, least, rtol=1e-4, atol=1e-4)
+
+
+def test_loses_less_than_a_uniform_grid_of_two_bits() -> None:
+    toy = make_toy(256, 32)
+    dense = (toy.hidden @ toy.weight.T).log_softmax(-1)
+    losses = []
+    for spec in (Lattice(), Quantized(2)):
+        head = spec.module(32, 256)
+        spec.fit(head, toy.weight, None, toy.stats)
+        with torch.no_grad():
+            mine = head.logits(toy.hidden).log_softmax(-1)
+        losses.append(float((dense.exp() * (dense - mine)).sum(-1).mean()))
+    assert losses[0] < 0.9 * losses[1]
+
+
+def test_refuses_what_eight_columns_do_not_divide() -> None:
+    with pytest.raises(ValueError, match=r"8 columns at a time, which do not divide .* size 12"):
+        Lattice().check(12, 64)
+    with pytest.raises(ValueError, match="5 stages; 1 to 4 are possible"):
+        Lattice(5).check(16, 64)
