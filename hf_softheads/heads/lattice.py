@@ -212,7 +212,7 @@ class LatticeHead(RowsHead):
             _points(shape[which], sign[which]).to(scale.dtype) * scale[..., stage, None]
             for stage, (shape, sign) in enumerate(zip(self.shapes, self.signs_of, strict=True))
         ]
-        rows = parts[0]
+        rows: Tensor = parts[0]
         for part in parts[1:]:
             rows = rows + part
         return rows
