@@ -223,7 +223,7 @@ class LatticeHead(RowsHead):
 
 @cache
 def _hadamard(size: int) -> Tensor:
-    matrix = torch.ones(1, 1)
+    matrix: Tensor = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / size**0.5
+    return matrix.mul(size**-0.5)
