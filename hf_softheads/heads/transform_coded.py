@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _STRETCH = (0.75, 0.85, 0.93, 1.0, 1.08, 1.18, 1.3, 1.5)  # of the step, tried on the data
 _BLOCK = 4096
-_ROWS = 8192  # rounded at once
+_ROWS = 2048  # rounded at once
 _COLUMNS = 64  # packed at once
 
 
@@ -128,15 +128,16 @@ class TransformCoded(HeadSpec, name="transform_coded"):
         head.tier_gain[tokens] += gains << 4
         sizes = [stop - start for start, stop in head.ranges]
         head.bits.copy_(water_fill(energy, sizes, len(head.codes)))
-        metrics = torch.empty(len(moments), *basis.shape[:1] * 2, dtype=basis.dtype, device=device)
-        for metric, moment in zip(metrics, moments, strict=True):
-            metric.copy_(basis @ moment @ basis.T)
-        del moments
+        del points, spread
+        for moment in moments:  # in place: they are as large as the rows of a tier
+            moment[: len(basis), : len(basis)] = basis @ moment @ basis.T
+        metrics = moments[:, : len(basis), : len(basis)]
         for tier, (start, stop) in progress(list(enumerate(head.ranges)), "tiers"):
             mine = tokens[start:stop]
             points = _coordinates(weight, mine, center, project)
             points /= head.gain()[start:stop, None]
             _quantize_tier(head, tier, points, labels[mine], metrics)
+            del points
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias[tokens])
 
