@@ -99,7 +99,7 @@ class SoftheadsQuantizer(HfQuantizer):
         plan: SoftheadsConfig = self.quantization_config
         in_fp32: set[str] = set()
         if isinstance(plan.head, ClassifierSpec):
-            if type(model).__name__.endswith("ForSequenceClassification"):
+            if bridge.classifies(model):
                 with torch.device("meta"):
                     classifier = bridge.build_classifier(model, plan.head)
                 patching.cast(classifier, model.dtype)

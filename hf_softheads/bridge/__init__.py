@@ -19,6 +19,7 @@ from hf_softheads.bridge.attention import (
 from hf_softheads.bridge.classifiers import (
     active_classifier,
     build_classifier,
+    classifies,
     find_classifier,
     fresh_classifier,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "build_classifier",
     "check_transform",
     "check_values",
+    "classifies",
     "disown",
     "find_classifier",
     "find_head",

@@ -112,12 +112,12 @@ def _fused_forward(original: Any) -> Any:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        classifies = active_classifier(self) is not None
-        if not classifies and not kwargs.get("output_attentions"):
+        classifier = active_classifier(self)
+        if classifier is None and not kwargs.get("output_attentions"):
             return without_maps(self, *args, **kwargs)
         with contextlib.ExitStack() as stack:
-            if classifies:
-                stack.enter_context(pooling(self))
+            if classifier is not None:
+                stack.enter_context(pooling(self, classifier))
             if kwargs.get("output_attentions"):
                 stack.enter_context(showing(self))
             return without_maps(self, *args, **kwargs)

@@ -16,13 +16,18 @@ from hf_softheads.heads.softpool import ClassifierSpec, PooledClassifier
 _NAMES = ("score", "classifier", "classification_head", "logits_proj")
 
 
+def classifies(model: PreTrainedModel) -> bool:
+    """Is it a sequence classifier?"""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
 def find_classifier(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """Name and module of the classifier.
 
     Raises:
         ValueError: the model is no sequence classifier.
     """
-    if type(model).__name__.endswith("ForSequenceClassification"):
+    if classifies(model):
         for name in _NAMES:
             module = getattr(model, name, None)
             if isinstance(module, nn.Module):
@@ -78,12 +83,8 @@ def active_classifier(model: Any) -> PooledClassifier | None:
 
 
 @contextlib.contextmanager
-def pooling(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context the model's pooling classifier, if it has one, sees the backbone's last hidden states."""
-    classifier = active_classifier(model)
-    if classifier is None:
-        yield
-        return
+def pooling(model: PreTrainedModel, classifier: PooledClassifier) -> Iterator[None]:
+    """Within the context the model's pooling classifier sees the backbone's last hidden states."""
     pad = model.config.get_text_config().pad_token_id
 
     def show(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

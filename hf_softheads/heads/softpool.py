@@ -55,8 +55,10 @@ class SoftPool(ClassifierSpec, name="softpool"):
 class PooledClassifier(nn.Module):
     """`inner`, the model's own classifier, and `query (heads, D)`, `sharpness (D,)`, `weight (labels, D)`.
 
-    The hidden states come from the model's forward, which sets `backbone` for its duration.
+    The hidden states and which of them are no padding come from the model's forward, which sets `seen` meanwhile.
     """
+
+    keep_in_fp32: tuple[str, ...] = ()
 
     def __init__(self, dim: int, labels: int, heads: int, inner: nn.Module):
         super().__init__()
@@ -64,7 +66,6 @@ class PooledClassifier(nn.Module):
         self.query = nn.Parameter(torch.empty(heads, dim))
         self.sharpness = nn.Parameter(torch.empty(dim))
         self.weight = nn.Parameter(torch.empty(labels, dim))
-        self.keep_in_fp32: tuple[str, ...] = ()
         self.seen: tuple[Tensor, Tensor] | None = None
 
     def reset_parameters(self) -> None:
