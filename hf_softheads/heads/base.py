@@ -159,9 +159,7 @@ class Head(nn.Module):
         check_temperature(temperature)
 
         def chunk(h: Tensor) -> Tensor:
-            z = self.logits(h) / temperature
-            noise = torch.empty_like(z).exponential_(generator=generator)
-            return (z - noise.log_()).argmax(-1)  # Gumbel-max
+            return gumbel_max(self.logits(h) / temperature, generator)
 
         return self._in_chunks(chunk, hidden)
 
@@ -329,6 +327,12 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(
             f"temperature must be positive, got {temperature}; for the best token use topk(hidden, 1)"
         )
+
+
+def gumbel_max(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One index per row, drawn from `softmax(logits)`, `(…)`."""
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits - noise.log_()).argmax(-1)
 
 
 def index_dtype(values: int) -> torch.dtype:

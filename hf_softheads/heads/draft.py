@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import Head, HeadSpec, check_temperature, index_dtype
+from hf_softheads.heads.base import Head, HeadSpec, check_temperature, gumbel_max, index_dtype
 
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
@@ -122,9 +122,7 @@ class DraftHead(Head):
         check_temperature(temperature)
 
         def chunk(h: Tensor) -> Tensor:
-            z = self._kept_logits(h) / temperature
-            noise = torch.empty_like(z).exponential_(generator=generator)
-            return self.ids.long()[(z - noise.log_()).argmax(-1)]  # Gumbel-max
+            return self.ids.long()[gumbel_max(self._kept_logits(h) / temperature, generator)]
 
         return self._in_chunks(chunk, hidden, width=len(self.weight))
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import Head, HeadSpec, index_dtype
+from hf_softheads.heads.base import Head, HeadSpec, gumbel_max, index_dtype
 from hf_softheads.heads.fitting import blocks, over_states, progress, scores_of
 from hf_softheads.heads.metric import metric_root
 from hf_softheads.heads.outer import OuterHead, OuterSpec
@@ -253,16 +253,12 @@ class HierarchicalHead(OuterHead):
         if temperature != 1.0 or self._known_transform().scale is None:
             return super().sample(hidden, temperature=temperature, generator=generator)
 
-        def draw(logits: Tensor) -> Tensor:
-            noise = torch.empty_like(logits).exponential_(generator=generator)
-            return (logits - noise.log_()).argmax(-1)  # Gumbel-max
-
         def chunk(h: Tensor) -> Tensor:
-            codes = draw(self.logit_scale * self.classes(h))
+            codes = gumbel_max(self.logit_scale * self.classes(h), generator)
             tokens = torch.empty_like(codes)
             for code in codes.unique().tolist():
                 mine = (codes == code).nonzero().flatten()
-                tokens[mine] = self.tokens(code)[draw(self.inside(h[mine], code))]
+                tokens[mine] = self.tokens(code)[gumbel_max(self.inside(h[mine], code), generator)]
             return tokens
 
         return self._in_chunks(chunk, hidden, width=self._width)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads import assignment, floor
-from hf_softheads.heads.base import Head, HeadSpec, check_temperature, index_dtype
+from hf_softheads.heads.base import Head, HeadSpec, check_temperature, gumbel_max, index_dtype
 from hf_softheads.heads.code_bias import code_bias
 from hf_softheads.kmeans import nearest, require_finite, weighted_means
 
@@ -194,9 +194,7 @@ class VQHead(Head):
         within = self._within(temperature)
 
         def chunk(h: Tensor) -> Tensor:
-            codes = self._code_logits(h) / temperature + mass
-            noise = torch.empty_like(codes).exponential_(generator=generator)
-            code = (codes - noise.log_()).argmax(-1)  # Gumbel-max
+            code = gumbel_max(self._code_logits(h) / temperature + mass, generator)
             u = torch.rand(code.shape, generator=generator, device=h.device, dtype=torch.float64)
             first, last = groups.starts[code], groups.starts[code] + groups.sizes[code] - 1
             if within is None:
