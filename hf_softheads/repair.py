@@ -85,7 +85,7 @@ def repair_head(
             f"repair needs at least one step of one token, got {steps} of {batch_size}"
         )
     losses = losses or {KL(): 1.0}
-    Objective(model, losses, teacher)  # refuses before the text is read
+    step_of = _Step(model, losses, teacher)  # refuses before the text is read
     supply = _Supply(model, rows, steps, batch_size, seed)
     before = {k: v.clone() for k, v in head.state_dict().items()}
     wanted = [p.requires_grad for p in trained]
@@ -94,7 +94,6 @@ def repair_head(
     rates = [_LR if lr is None else lr] * len(trained)
     codes: list[Tensor] = []
     discrete = None
-    step_of = _Step(model, losses, teacher)
     if isinstance(head, Head):
         if code_lr != 0 and head.additive() is not None:
             discrete = DiscreteSteps(head, step_of.measure)
