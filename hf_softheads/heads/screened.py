@@ -182,7 +182,7 @@ class ScreenedHead(Head):
         return self.inner.code_table() or self.screen.code_table()
 
     def why_no_kernel(self) -> str | None:
-        return self.screen.why_no_kernel()
+        return self.screen.why_no_kernel() or why_not("screened")
 
     @property
     def path(self) -> str:
