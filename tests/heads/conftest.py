@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from hf_softheads.heads.base import HeadSpec
 from hf_softheads.stats import HeadStats
 
 
@@ -56,3 +58,18 @@ def make_toy(vocab: int, dim: int, states: int = 2048, seed: int = 0) -> Toy:
 @pytest.fixture(scope="session")
 def toy() -> Toy:
     return make_toy(256, 16)
+
+
+def fit(spec: HeadSpec, toy: Toy, *, stats: bool = True) -> Any:
+    """A head fitted to the toy, with or without its statistics."""
+    spec.check(*toy.shape)
+    head = spec.module(*toy.shape)
+    spec.fit(head, toy.weight, None, toy.stats if stats else None)
+    return head
+
+
+def kl(head: Any, toy: Toy) -> float:
+    """`E KL(dense ‖ head)` in nats."""
+    dense = (toy.hidden @ toy.weight.T).log_softmax(-1)
+    mine = head.logits(toy.hidden).log_softmax(-1)
+    return float((dense.exp() * (dense - mine)).sum(-1).mean().detach())

@@ -10,25 +10,12 @@ import torch.nn.functional as F
 
 import hf_softheads as sh
 from hf_softheads.heads import BinaryTree, Hierarchical, Quantized
-from hf_softheads.heads.base import Head, HeadSpec, LogitTransform
+from hf_softheads.heads.base import HeadSpec, LogitTransform
 from hf_softheads.heads.binary_tree import BinaryTreeHead, bisected
 from hf_softheads.heads.hierarchical import HierarchicalHead, within_classes
 from hf_softheads.losses import NegativeSampling
 from tests.conftest import VOCAB, make_model
-from tests.heads.conftest import Toy, make_toy
-
-
-def fit(spec: HeadSpec, toy: Toy, *, stats: bool = True) -> Head:
-    spec.check(*toy.shape)
-    head = spec.module(*toy.shape)
-    spec.fit(head, toy.weight, None, toy.stats if stats else None)
-    return head
-
-
-def kl(head: Head, toy: Toy) -> float:
-    dense = (toy.hidden @ toy.weight.T).log_softmax(-1)
-    mine = head.logits(toy.hidden).log_softmax(-1)
-    return float((dense.exp() * (dense - mine)).sum(-1).mean().detach())
+from tests.heads.conftest import Toy, fit, kl, make_toy
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -18,20 +17,7 @@ from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.fitting import best_scale
 from hf_softheads.losses import MultiMargin
 from tests.conftest import VOCAB, make_model
-from tests.heads.conftest import Toy
-
-
-def fit(spec: HeadSpec, toy: Toy, *, stats: bool = True) -> Any:
-    spec.check(*toy.shape)
-    head = spec.module(*toy.shape)
-    spec.fit(head, toy.weight, None, toy.stats if stats else None)
-    return head
-
-
-def kl(head: Any, toy: Toy) -> float:
-    dense = (toy.hidden @ toy.weight.T).log_softmax(-1)
-    mine = head.logits(toy.hidden).log_softmax(-1)
-    return float((dense.exp() * (dense - mine)).sum(-1).mean().detach())
+from tests.heads.conftest import Toy, fit, kl
 
 
 def test_best_scale_is_where_the_divergence_is_least(toy: Toy) -> None:
