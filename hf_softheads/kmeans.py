@@ -30,9 +30,24 @@ class Clusters(NamedTuple):
     inertia: float
 
 
+class Rows:
+    """Some rows of a matrix as points, gathered when they are asked for and never all at once."""
+
+    def __init__(self, matrix: Tensor, which: Tensor):
+        self.matrix, self.which = matrix, which
+        self.shape = (len(which), matrix.shape[1])
+        self.device = matrix.device
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, which: slice | Tensor) -> Tensor:
+        return self.matrix[self.which[which]]
+
+
 @torch.no_grad()
 def kmeans(
-    points: Tensor,
+    points: Tensor | Rows,
     clusters: int,
     *,
     weights: Tensor | None = None,
@@ -45,11 +60,11 @@ def kmeans(
     """Minimise `Σ_i w_i ‖(x_i - c_label(i)) metric‖²` by Lloyd's algorithm, deterministic under `seed`.
 
     Seeding is greedy k-means++ (Arthur & Vassilvitskii 2007) in blocks, distances are matrix products in chunks of
-    points, and an empty cluster takes the point that costs most. On a CPU with native bf16 the iterations score in
-    bf16; the last assignment is always fp32.
+    points, and an empty cluster takes the point that costs most. The iterations score a copy of the points, in bf16 on
+    a CPU that has it; the last assignment and the means are those of the points themselves, in fp32.
 
     Args:
-        points: `(N, D)`, any floating dtype, N ≥ clusters.
+        points: `(N, D)`, any floating dtype, N ≥ clusters; a matrix or some `Rows` of one.
         weights: `(N,)`, ≥ 0.
         metric: `(D, M)`: distances are measured after multiplying by it, e.g. `E[h hᵀ]^{1/2}`.
         tolerance: stop when an iteration lowers the inertia by less than this fraction.
@@ -70,27 +85,28 @@ def kmeans(
     with tqdm(
         total=iterations + 1, desc=description, disable=None, leave=False, delay=_PATIENCE
     ) as bar:
-        centers = space[_draw_seeds(space, weights, clusters, seed)]
+        centers = points[_draw_seeds(space.scored, weights, clusters, seed)].float()
         bar.update()
         previous = float("inf")
         for _ in range(iterations):
             labels, cost = _assign(space, centers, weights)
             fill_empty(labels, cost, clusters)
-            centers = weighted_means(space, labels, clusters, weights)
+            centers = weighted_means(points, labels, clusters, weights)
             inertia = float(cost.sum())
             bar.update()
             if previous - inertia < tolerance * inertia:
                 break
             previous = inertia
-    labels, cost = _assign(space, centers, weights, exact=True)
     del space
+    labels, cost = nearest(points, centers, metric=metric)
+    cost *= weights
     fill_empty(labels, cost, clusters)
     return Clusters(weighted_means(points, labels, clusters, weights), labels, float(cost.sum()))
 
 
 @torch.no_grad()
 def nearest(
-    points: Tensor, centers: Tensor, *, metric: Tensor | None = None
+    points: Tensor | Rows, centers: Tensor, *, metric: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Index of the nearest center of each point and its squared distance, `(N,)` both; arguments as in `kmeans`."""
     centers = centers.float()
@@ -110,7 +126,7 @@ def nearest(
 
 
 def weighted_means(
-    points: Tensor | _Space, labels: Tensor, clusters: int, weights: Tensor
+    points: Tensor | Rows, labels: Tensor, clusters: int, weights: Tensor
 ) -> Tensor:
     """`Σ w_i x_i / Σ w_i` of each cluster, `(C, D)` fp32; the plain mean where all its weights are 0."""
     mass = torch.zeros(clusters, device=labels.device).index_add_(0, labels, weights)
@@ -122,7 +138,7 @@ def weighted_means(
     return sums / mass.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
 
 
-def require_finite(matrix: Tensor, what: str) -> None:
+def require_finite(matrix: Tensor | Rows, what: str) -> None:
     """Raise ValueError naming the first row of `matrix` that holds NaN or inf."""
     sums = torch.empty(len(matrix), device=matrix.device)
     for part in _parts(matrix, _BLOCK_ELEMENTS):
@@ -135,86 +151,73 @@ def require_finite(matrix: Tensor, what: str) -> None:
 
 
 class _Space:
-    """`(points - mean) metric` in fp32: the shift moves no point relative to another and makes numbers smaller.
-
-    On a CPU with native bf16 it is held as two bf16 numbers that add up to it, to 2⁻¹⁷ of its size; the first alone is
-    what the iterations score. That is fp32's memory for both.
+    """A copy of `(points - mean) metric` to score by: the shift moves no point relative to another and makes numbers
+    smaller. In bf16 on a CPU that multiplies it natively, else in fp32.
     """
 
-    def __init__(self, points: Tensor, metric: Tensor | None):
-        metric = None if metric is None else metric.to(points.device, torch.float32)
-        self.shape = (len(points), points.shape[1] if metric is None else metric.shape[1])
-        fast = bf16_is_fast(points.device)
-        dtype = torch.bfloat16 if fast else torch.float32
-        self.scored = torch.empty(self.shape, dtype=dtype, device=points.device)
-        self.rest = torch.empty_like(self.scored) if fast else None
-        total = torch.zeros(points.shape[1], device=points.device)
+    def __init__(self, points: Tensor | Rows, metric: Tensor | None):
+        self.metric = None if metric is None else metric.to(points.device, torch.float32)
+        self.mean = torch.zeros(points.shape[1], device=points.device)
         for part in _parts(points, _BLOCK_ELEMENTS):
-            total += points[part].float().sum(0)
-        mean = total / len(points)
+            self.mean += points[part].float().sum(0) / len(points)
+        width = points.shape[1] if metric is None else metric.shape[1]
+        dtype = torch.bfloat16 if bf16_is_fast(points.device) else torch.float32
+        self.scored = torch.empty(len(points), width, dtype=dtype, device=points.device)
         for part in _parts(points, _BLOCK_ELEMENTS):
-            block = points[part].float() - mean
-            block = block if metric is None else block @ metric
-            self.scored[part] = block
-            if self.rest is not None:
-                self.rest[part] = block - self.scored[part].float()
+            self.scored[part] = self.place(points[part])
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, which: slice | Tensor) -> Tensor:
-        found = self.scored[which].float()
-        return found if self.rest is None else found + self.rest[which].float()
+    def place(self, points: Tensor) -> Tensor:
+        """Where points lie in this space, fp32."""
+        points = points.float() - self.mean
+        return points if self.metric is None else points @ self.metric
 
 
-def _parts(points: Tensor | _Space, elements: int, width: int | None = None) -> Iterator[slice]:
+def _parts(points: Tensor | Rows, elements: int, width: int | None = None) -> Iterator[slice]:
     """Slices of so many rows that `width` (default: their own) numbers for each are not more than `elements`."""
     rows = max(1, elements // max(1, width or points.shape[1]))
     for start in range(0, len(points), rows):
         yield slice(start, min(start + rows, len(points)))
 
 
-def _assign(
-    space: _Space, centers: Tensor, weights: Tensor, *, exact: bool = False
-) -> tuple[Tensor, Tensor]:
+def _assign(space: _Space, centers: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest center of each point and the weighted squared distance to it, chunk by chunk."""
-    labels = torch.empty(len(space), dtype=torch.long, device=centers.device)
-    cost = torch.empty(len(space), device=centers.device)
-    candidates = centers.T if exact else centers.to(space.scored.dtype).T
+    scored, centers = space.scored, space.place(centers)
+    labels = torch.empty(len(scored), dtype=torch.long, device=centers.device)
+    cost = torch.empty(len(scored), device=centers.device)
+    candidates = centers.to(scored.dtype).T
     half = centers.square().sum(1) / 2
-    elements = _BLOCK_ELEMENTS if exact else _CHUNK_ELEMENTS
-    for part in _parts(space, elements, max(centers.shape)):
-        rows = space[part] if exact else space.scored[part]
-        labels[part] = (rows @ candidates).float().sub_(half).max(1).indices  # (chunk, C)
-    for part in _parts(space, _BLOCK_ELEMENTS):
-        cost[part] = (space[part] - centers[labels[part]]).square().sum(1)
+    for part in _parts(scored, _CHUNK_ELEMENTS, max(centers.shape)):
+        labels[part] = (scored[part] @ candidates).float().sub_(half).max(1).indices  # (chunk, C)
+    for part in _parts(scored, _BLOCK_ELEMENTS):
+        cost[part] = (scored[part].float() - centers[labels[part]]).square().sum(1)
     return labels, cost * weights
 
 
-def _draw_seeds(space: _Space, weights: Tensor, clusters: int, seed: int) -> Tensor:
+def _draw_seeds(scored: Tensor, weights: Tensor, clusters: int, seed: int) -> Tensor:
     """Indices of distinct points: candidates drawn with probability `w D²`, of which those are kept that gain most."""
     generator = torch.Generator().manual_seed(seed)
-    scored = space.scored
-    norms = torch.empty(len(space), device=scored.device)
-    for part in _parts(space, _BLOCK_ELEMENTS):
-        norms[part] = space[part].square().sum(1)
+    norms = torch.empty(len(scored), device=scored.device)
+    for part in _parts(scored, _BLOCK_ELEMENTS):
+        norms[part] = scored[part].float().square().sum(1)
     chosen = torch.empty(0, dtype=torch.long, device=norms.device)
     distance = torch.full_like(norms, float(norms.max()) + 1)
     while len(chosen) < clusters:
-        block = min(max(1, len(chosen) // 32), _SEED_BLOCK, clusters - len(chosen))
-        noise = torch.empty(len(space)).exponential_(generator=generator).to(norms.device)
+        # powers of two: products of few shapes, each of which is compiled and kept
+        block = min(1 << max(0, (len(chosen) // 32).bit_length() - 1), _SEED_BLOCK)
+        block = min(block, clusters - len(chosen))
+        noise = torch.empty(len(scored)).exponential_(generator=generator).to(norms.device)
         keys = distance * weights / noise  # the largest keys are a sample without replacement
         keys = torch.where(distance > 0, keys, -noise)  # only when nothing else is left
         keys[chosen] = -torch.inf
-        fresh = keys.topk(min(_SEED_TRIALS * block, len(space) - len(chosen))).indices
+        fresh = keys.topk(min(_SEED_TRIALS * block, len(scored) - len(chosen))).indices
         gain = torch.zeros(len(fresh), device=norms.device)
-        for part in _parts(space, _CHUNK_ELEMENTS, max(space.shape[1], len(fresh))):
+        for part in _parts(scored, _CHUNK_ELEMENTS, max(scored.shape[1], len(fresh))):
             near = (scored[part] @ scored[fresh].T).float().mul_(2).sub_(norms[fresh])
             near.add_((distance[part] - norms[part])[:, None]).clamp_min_(0)
             gain += weights[part] @ near
         fresh = fresh[gain.topk(block).indices]
         chosen = torch.cat([chosen, fresh])
-        for part in _parts(space, _CHUNK_ELEMENTS, max(space.shape[1], block)):
+        for part in _parts(scored, _CHUNK_ELEMENTS, max(scored.shape[1], block)):
             near = (scored[part] @ scored[fresh].T).float().mul_(2).sub_(norms[fresh]).max(1).values
             distance[part] = torch.minimum(distance[part], norms[part] - near).clamp_min_(0)
         distance[fresh] = 0

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from hf_softheads.heads.fitting import gumbel_choice
 from hf_softheads.heads.metric import metric_root
-from hf_softheads.kmeans import fill_empty, kmeans, nearest, require_finite
+from hf_softheads.kmeans import Rows, fill_empty, kmeans, nearest, require_finite
 
 if TYPE_CHECKING:
     from hf_softheads.heads.vq import VQ, VQHead
@@ -39,7 +39,7 @@ def initial_map(spec: VQ, weight: Tensor, stats: HeadStats | None) -> tuple[Tens
         shared = order[spec.singletons :].sort().values
     codes = spec.codes - spec.singletons
     if spec.init == "kmeans":
-        points = weight if not spec.singletons else weight[shared]
+        points = Rows(weight, shared)
         found = kmeans(
             points, codes, weights=row_weights[shared], metric=root, seed=spec.seed
         ).labels
@@ -63,7 +63,7 @@ def reassign(head: VQHead, weight: Tensor, stats: HeadStats | None = None) -> in
     require_finite(weight, "output rows")
     shared = _shared(head)
     root = _metric(head, weight, stats)
-    labels, cost = nearest(weight[shared], head.weight[head.singletons :].float(), metric=root)
+    labels, cost = nearest(Rows(weight, shared), head.weight[head.singletons :].float(), metric=root)
     old = head.codes.long()
     moved = _install(head, shared, labels, cost, weight)
     if head.bias is not None and stats is not None:
