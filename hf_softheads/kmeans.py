@@ -125,9 +125,7 @@ def nearest(
     return labels, cost
 
 
-def weighted_means(
-    points: Tensor | Rows, labels: Tensor, clusters: int, weights: Tensor
-) -> Tensor:
+def weighted_means(points: Tensor | Rows, labels: Tensor, clusters: int, weights: Tensor) -> Tensor:
     """`Σ w_i x_i / Σ w_i` of each cluster, `(C, D)` fp32; the plain mean where all its weights are 0."""
     mass = torch.zeros(clusters, device=labels.device).index_add_(0, labels, weights)
     weights = torch.where(mass[labels] > 0, weights, torch.ones_like(weights))

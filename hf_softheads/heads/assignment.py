@@ -63,7 +63,9 @@ def reassign(head: VQHead, weight: Tensor, stats: HeadStats | None = None) -> in
     require_finite(weight, "output rows")
     shared = _shared(head)
     root = _metric(head, weight, stats)
-    labels, cost = nearest(Rows(weight, shared), head.weight[head.singletons :].float(), metric=root)
+    labels, cost = nearest(
+        Rows(weight, shared), head.weight[head.singletons :].float(), metric=root
+    )
     old = head.codes.long()
     moved = _install(head, shared, labels, cost, weight)
     if head.bias is not None and stats is not None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec, index_dtype
-from hf_softheads.heads.fitting import blocks
+from hf_softheads.heads.fitting import blocks, over_states, progress, scores_of
 from hf_softheads.heads.metric import metric_root
 from hf_softheads.kmeans import require_finite
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
 
 _STATES = 4096  # hidden states that the nodes are fitted to
+_LEAVES = 4096  # of a subtree that is fitted at once
 _ELEMENTS = 2**24  # numbers held at once by the fit
 _POWER_STEPS = 8  # towards the direction in which a node's tokens differ most
 _RIDGE = 1e-3  # of the mean variance of the states
@@ -37,7 +38,7 @@ class BinaryTree(HeadSpec, name="binary_tree"):
     neighbours are alike; a node's exact score is the difference of the `log Σ exp` of its two halves. Its row starts
     as the tangent of that at the node's mean hidden state (at 0 without `HeadStats`), which is exact for a pair of
     tokens, and is then fitted by `passes` damped Newton steps to the dense head's probabilities on sampled states.
-    The fit holds the matrix in fp32 several times: for vocabularies of some ten thousand tokens.
+    Subtrees of some thousand tokens are fitted one after the other, then the tree above them, whose leaves they are.
 
     Attributes:
         passes: over the sampled hidden states; 0 keeps the tangents.
@@ -65,26 +66,118 @@ class BinaryTree(HeadSpec, name="binary_tree"):
     ) -> None:
         require_finite(weight, "output rows")
         gain = head.logit_scale
-        root = None if stats is None else metric_root(stats, centred=True)[0]
-        rows = torch.empty(weight.shape, device=weight.device)
-        for which in blocks(len(weight)):
-            part = weight[which].float()
-            rows[which] = part if root is None else part @ root.to(part)
-        order = bisected(rows)
-        head.order.copy_(order)
-        for which in blocks(len(weight)):
-            rows[which] = gain * weight[order[which]].float()
-        leaf_bias = torch.zeros_like(rows[:, 0]) if bias is None else gain * bias[order]
-        centers, mass = torch.zeros_like(rows), torch.ones_like(leaf_bias)
+        rows = weight
         if stats is not None:
-            centers = stats.prob_weighted_mean.to(weight.device)[order]
-            mass = stats.mean_prob.to(weight.device)[order]
-        _tangents(head, rows, leaf_bias, centers, mass)
-        head.states.zero_()
+            root = metric_root(stats, centred=True)[0].to(weight.device, torch.float32)
+            rows = torch.empty_like(weight)
+            for part in blocks(len(weight)):
+                rows[part] = weight[part].float() @ root
+        order = bisected(rows)
+        del rows
+        head.order.copy_(order)
+        newton = None
         if stats is not None and self.passes:
             states = stats.states[:_STATES].to(weight.device)
-            _newton(head, rows, leaf_bias, states, self.passes)
-            head.states.fill_(len(states))
+            newton = _Newton(states, self._total(states, head, weight, bias), self.passes)
+
+        def of_tokens(tokens: Tensor) -> _Leaves:
+            rows = gain * weight[tokens].float()
+            shifts = torch.zeros_like(rows[:, 0]) if bias is None else gain * bias[tokens].float()
+            scores = None if newton is None else F.linear(newton.states, rows, shifts)
+            return _Leaves(rows, shifts, *_means(tokens, rows.shape[1], stats), scores)
+
+        vocab = len(weight)
+        height = 0  # of the tree above the subtrees
+        while vocab >> height > _LEAVES // 2:
+            height += 1
+        roots = range(2**height, 2 ** (height + 1))
+        subtrees = [tuple(part.to(weight.device) for part in _below(n, vocab)) for n in roots]
+        sums = [_summed(*_means(order[places], weight.shape[1], stats)) for _, places in subtrees]
+        middles = _middles(*(torch.cat(part) for part in zip(*sums, strict=True)))
+        above = []
+        for number, (nodes, places) in zip(progress(roots, "subtrees"), subtrees, strict=True):
+            leaves = of_tokens(order[places])
+            self._install(head, nodes, leaves, newton)
+            above.append(leaves.merged(middles[[number >> up for up in range(height, 0, -1)]]))
+        if height:
+            nodes = torch.arange(1, 2**height, device=weight.device)
+            self._install(head, nodes, _Leaves.joined(above), newton)
+        head.states.fill_(0 if newton is None else len(newton.states))
+
+    @staticmethod
+    def _total(states: Tensor, head: BinaryTreeHead, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`log Σ exp` of the dense logits of each state."""
+
+        def chunk(h: Tensor) -> Tensor:
+            return (head.logit_scale * scores_of(h, weight, bias)).logsumexp(-1)
+
+        return over_states(chunk, states, len(weight), "nodes")
+
+    @staticmethod
+    def _install(
+        head: BinaryTreeHead, nodes: Tensor, leaves: _Leaves, newton: _Newton | None
+    ) -> None:
+        found = _tangents(leaves)
+        if newton is not None and leaves.scores is not None:
+            found = newton(found, leaves.scores)
+        head.weight[nodes - 1] = found[:, :-1].to(head.weight.dtype)
+        head.shift[nodes - 1] = found[:, -1].to(head.shift.dtype)
+
+
+class _Leaves(NamedTuple):
+    """What a tree is fitted to, for each of its leaves: tokens, or whole subtrees."""
+
+    rows: Tensor  # `row · h + shift` is the log-mass under the dense head, for a token, (n, D),
+    shifts: Tensor  # (n,); for a subtree its tangents at the middles above it from the root on, (height, n, D or -)
+    centers: Tensor  # mean hidden state, (n, D)
+    mass: Tensor  # mean probability, (n,)
+    scores: Tensor | None  # exact log-mass of each at the hidden states, (S, n)
+
+    def merged(self, middles: Tensor) -> _Leaves:
+        """All tokens as one leaf, with the tangents of their `log Σ exp` at some `middles (height, D)`."""
+        z = middles @ self.rows.T + self.shifts
+        rows = z.softmax(-1) @ self.rows
+        shifts = z.logsumexp(-1) - (rows * middles).sum(-1)
+        scores = None if self.scores is None else self.scores.logsumexp(-1, keepdim=True)
+        return _Leaves(rows[:, None], shifts[:, None], *_summed(self.centers, self.mass), scores)
+
+    @classmethod
+    def joined(cls, leaves: list[_Leaves]) -> _Leaves:
+        scores = [one.scores for one in leaves if one.scores is not None]
+        return cls(
+            torch.cat([one.rows for one in leaves], 1),
+            torch.cat([one.shifts for one in leaves], 1),
+            torch.cat([one.centers for one in leaves]),
+            torch.cat([one.mass for one in leaves]),
+            torch.cat(scores, 1) if scores else None,
+        )
+
+
+def _means(tokens: Tensor, dim: int, stats: HeadStats | None) -> tuple[Tensor, Tensor]:
+    """Mean hidden states of tokens, `(n, D)`, and their mean probabilities, `(n,)`; 0 and 1 without statistics."""
+    if stats is None:
+        one = torch.ones(len(tokens), device=tokens.device)
+        return one.new_zeros(len(tokens), dim), one
+    where = tokens.to(stats.mean_prob.device)
+    found = stats.prob_weighted_mean[where], stats.mean_prob[where]
+    return found[0].to(tokens.device).float(), found[1].to(tokens.device).float()
+
+
+def _summed(centers: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Their common center, `(1, D)`, and mass, `(1,)`."""
+    total = mass.sum(0, keepdim=True)
+    return mass[None] @ centers / total.clamp_min(1e-30), total
+
+
+def _middles(centers: Tensor, mass: Tensor) -> Tensor:
+    """Mean hidden state of every node of a tree with these leaves, `(2 n, D)`; 0 in place 0."""
+    total = torch.cat([torch.zeros_like(mass), mass])
+    where = torch.cat([torch.zeros_like(centers), centers * mass[:, None]])
+    for nodes in _levels(len(mass)):
+        first = torch.arange(nodes.start, nodes.stop, device=mass.device)
+        total[first] = total[2 * first] + total[2 * first + 1]
+        where[first] = where[2 * first] + where[2 * first + 1]
+    return where / total.clamp_min(1e-30)[:, None]
 
 
 def bisected(rows: Tensor) -> Tensor:
@@ -93,25 +186,57 @@ def bisected(rows: Tensor) -> Tensor:
     levels = vocab.bit_length() - 1  # nodes 2^levels … are the last full level
     deep = vocab - 2**levels  # of which so many, from the left, are nodes with two leaves
     order = torch.arange(vocab, device=rows.device)
-    for level in range(levels):
+    for level in progress(range(levels), "tree"):
         edges = torch.arange(2**level + 1) * 2 ** (levels - level)
-        sizes = (edges + edges.clamp_max(deep)).diff().to(rows.device)
-        segment = torch.arange(2**level, device=rows.device).repeat_interleave(sizes)
-        own = rows[order]
-        sums = own.new_zeros(2**level, rows.shape[1]).index_add_(0, segment, own)
-        own = own - (sums / sizes[:, None])[segment]
-        direction = torch.randn(sums.shape, generator=torch.Generator().manual_seed(level))
-        direction = direction.to(rows)
-        for _ in range(_POWER_STEPS):
-            along = (own * direction[segment]).sum(-1, keepdim=True)
-            direction = torch.zeros_like(sums).index_add_(0, segment, own * along)
-            direction = F.normalize(direction, dim=-1)
-        along = (own * direction[segment]).sum(-1)
-        inside = along.argsort(stable=True)
-        order = order[inside[segment[inside].argsort(stable=True)]]
+        edges = edges + edges.clamp_max(deep)
+        # as many whole segments at once as make a block
+        size = max(1, _LEAVES >> (levels - level))
+        for first in range(0, 2**level, size):
+            some = edges[first : first + size + 1].to(rows.device)
+            here = slice(int(some[0]), int(some[-1]))
+            order[here] = order[here][_split(rows, order[here], some.diff())]
     return order.roll(
         -2 * deep
     )  # the two-leaf nodes lie left in the tree, their leaves are numbered last
+
+
+def _split(rows: Tensor, order: Tensor, sizes: Tensor) -> Tensor:
+    """Places of the rows `order` that sort each segment of so many along its direction of largest variance."""
+    segment = torch.arange(len(sizes), device=rows.device).repeat_interleave(sizes)
+
+    def sums(function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        total = torch.zeros(len(sizes), rows.shape[1], device=rows.device)
+        for part in blocks(len(order)):
+            own = function(rows[order[part]].float(), part)
+            total.index_add_(0, segment[part], own)
+        return total
+
+    mean = sums(lambda own, _: own) / sizes[:, None]
+    direction = torch.randn(mean.shape[1], generator=torch.Generator().manual_seed(0)).to(mean)
+    direction = direction.expand_as(mean)
+    along = torch.empty(len(order), device=rows.device)
+
+    def weighted(own: Tensor, part: slice) -> Tensor:
+        own = own - mean[segment[part]]
+        along[part] = (own * direction[segment[part]]).sum(-1)
+        return own.mul_(along[part, None])
+
+    for _ in range(_POWER_STEPS):
+        direction = F.normalize(sums(weighted), dim=-1)
+    sums(weighted)
+    inside = along.argsort(stable=True)
+    return inside[segment[inside].argsort(stable=True)]
+
+
+def _below(node: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """Inner nodes and leaves (places in `order`) of the subtree of a node, as a tree of its own numbers them."""
+    numbers = []
+    count = 1
+    while node < 2 * vocab:
+        numbers.append(torch.arange(node, min(node + count, 2 * vocab)))
+        node, count = 2 * node, 2 * count
+    found = torch.cat(numbers)
+    return found[found < vocab], found[found >= vocab] - vocab
 
 
 def _levels(vocab: int) -> Iterator[range]:
@@ -123,83 +248,88 @@ def _levels(vocab: int) -> Iterator[range]:
         top = bottom - 1
 
 
-def _tangents(
-    head: BinaryTreeHead, rows: Tensor, bias: Tensor, centers: Tensor, mass: Tensor
-) -> None:
-    """Each node's row and shift from the tangent of its log-odds at the mean hidden state of its tokens."""
-    vocab = len(rows)
-    total = torch.cat([torch.zeros_like(mass), mass])
-    where = torch.cat([torch.zeros_like(centers), centers * mass[:, None]])
-    for nodes in _levels(vocab):
-        first = torch.arange(nodes.start, nodes.stop, device=rows.device)
-        total[first] = total[2 * first] + total[2 * first + 1]
-        where[first] = where[2 * first] + where[2 * first + 1]
-    node = torch.arange(
-        vocab, 2 * vocab, device=rows.device
-    )  # of each leaf, one level up at a time
-    for nodes in _levels(vocab):
+def _tangents(leaves: _Leaves) -> Tensor:
+    """Each node's row and shift, `(n - 1, D + 1)`: the tangent of its log-odds at the mean hidden state below it."""
+    count, dim = leaves.centers.shape
+    device = leaves.mass.device
+    middles = _middles(leaves.centers, leaves.mass)
+    found = torch.empty(count - 1, dim + 1, device=device)
+    node = torch.arange(count, 2 * count, device=device)  # of each leaf, one level up at a time
+    for nodes in _levels(count):
+        depth = nodes.start.bit_length() - 1
+        rows = leaves.rows if leaves.rows.ndim == 2 else leaves.rows[depth]
+        shifts = leaves.shifts if leaves.shifts.ndim == 1 else leaves.shifts[depth]
         here = node >= 2 * nodes.start  # shallow leaves join at the second level
         child, own = node[here], rows[here]
         parent = child >> 1
-        middle = where[parent] / total[parent].clamp_min(1e-30)[:, None]
-        z = (own * middle).sum(-1) + bias[here]
-        log_mass = torch.full((2 * vocab,), -torch.inf, device=rows.device)
+        z = (own * middles[parent]).sum(-1) + shifts[here]
+        log_mass = torch.full((2 * count,), -torch.inf, device=device)
         log_mass = log_mass.scatter_reduce(0, child, z, "amax")
         share = (z - log_mass[child]).exp()
         log_mass = log_mass + torch.zeros_like(log_mass).index_add_(0, child, share).log()
         side = torch.where(child % 2 == 0, 1.0, -1.0) * (z - log_mass[child]).exp()
-        slope = torch.zeros_like(where).index_add_(0, parent, own * side[:, None])
-        level = torch.arange(nodes.start, nodes.stop, device=rows.device)
+        slope = torch.zeros_like(middles).index_add_(0, parent, own * side[:, None])
+        level = torch.arange(nodes.start, nodes.stop, device=device)
         odds = log_mass[2 * level] - log_mass[2 * level + 1]
-        middle = where[level] / total[level].clamp_min(1e-30)[:, None]
-        head.weight[level - 1] = slope[level].to(head.weight.dtype)
-        head.shift[level - 1] = odds - (slope[level] * middle).sum(-1)
+        found[level - 1, :-1] = slope[level]
+        found[level - 1, -1] = odds - (slope[level] * middles[level]).sum(-1)
         node = torch.where(here, node >> 1, node)
+    return found
 
 
-def _newton(head: BinaryTreeHead, rows: Tensor, bias: Tensor, states: Tensor, passes: int) -> None:
+class _Newton:
     """Every node is a logistic regression of its own; all take damped Newton steps with one shared metric.
 
     A node's weight of a state is the dense probability of its tokens. Where a step does not lower a node's loss it
     is taken back and the node goes on with half of it.
     """
-    vocab, dim = rows.shape
-    inputs = F.pad(states, (0, 1), value=1.0)
-    metric = inputs.T @ inputs / len(states)
-    metric += _RIDGE * metric.diagonal().mean() * torch.eye(dim + 1, device=rows.device)
-    inverse = torch.linalg.inv(metric.double()).float()
-    start = torch.cat([head.weight.float(), head.shift[:, None].float()], 1)
-    now, kept = start.clone(), start.clone()
-    least = torch.full((vocab - 1,), torch.inf, device=rows.device)
-    pace = torch.ones_like(least)
-    step = torch.zeros_like(start)
-    for turn in range(passes + 1):
-        loss, slope, curve = (torch.zeros_like(t) for t in (least, start, least))
-        for x in inputs.split(max(1, _ELEMENTS // (2 * vocab))):
-            mass = torch.cat([x.new_zeros(len(x), vocab), F.linear(x[:, :-1], rows, bias)], 1)
-            for nodes in _levels(vocab):
-                left = mass[:, 2 * nodes.start : 2 * nodes.stop : 2]
-                right = mass[:, 2 * nodes.start + 1 : 2 * nodes.stop : 2]
-                mass[:, nodes.start : nodes.stop] = torch.logaddexp(left, right)
-            here = (mass[:, 1:vocab] - mass[:, 1:2]).exp()
-            wanted = (mass[:, 2::2] - mass[:, 1:vocab]).exp()  # of the left child
-            odds = F.linear(x, now)
-            guess = odds.sigmoid()
-            loss += (here * (F.softplus(odds) - wanted * odds)).sum(0)
-            slope += (here * (guess - wanted)).T @ x
-            curve += (here * guess * (1 - guess)).sum(0)
-        pull = now - start
-        loss += _FEW / 2 * ((pull @ metric) * pull).sum(-1)
-        better = loss <= least
-        kept = torch.where(better[:, None], now, kept)
-        least = torch.where(better, loss, least)
-        fresh = (slope @ inverse + _FEW * pull) / (curve + _FEW)[:, None]
-        step = torch.where(better[:, None], fresh, step)
-        pace = torch.where(better, (1.5 * pace).clamp_max(1.0), pace / 2)
-        if turn < passes:
-            now = kept - pace[:, None] * step
-    head.weight.copy_(kept[:, :-1])
-    head.shift.copy_(kept[:, -1])
+
+    def __init__(self, states: Tensor, total: Tensor, passes: int):
+        self.states, self.total, self.passes = states, total, passes
+        self.inputs = F.pad(states, (0, 1), value=1.0)
+        metric = self.inputs.T @ self.inputs / len(states)
+        metric += _RIDGE * metric.diagonal().mean() * torch.eye(len(metric), device=metric.device)
+        self.metric, self.inverse = metric, torch.linalg.inv(metric.double()).float()
+
+    def __call__(self, start: Tensor, scores: Tensor) -> Tensor:
+        """Rows and shifts of the nodes, `(n - 1, D + 1)`, over leaves of these log-masses `(S, n)`."""
+        count = scores.shape[1]
+        now, kept = start.clone(), start.clone()
+        least = torch.full((count - 1,), torch.inf, device=start.device)
+        pace = torch.ones_like(least)
+        step = torch.zeros_like(start)
+        for turn in range(self.passes + 1):
+            loss, slope, curve = (torch.zeros_like(t) for t in (least, start, least))
+            for part in _parts(len(scores), _ELEMENTS // (2 * count)):
+                x, total = self.inputs[part], self.total[part, None]
+                mass = torch.cat([torch.zeros_like(scores[part]), scores[part]], 1)
+                for nodes in _levels(count):
+                    left = mass[:, 2 * nodes.start : 2 * nodes.stop : 2]
+                    right = mass[:, 2 * nodes.start + 1 : 2 * nodes.stop : 2]
+                    mass[:, nodes.start : nodes.stop] = torch.logaddexp(left, right)
+                here = (mass[:, 1:count] - total).exp()
+                wanted = (mass[:, 2::2] - mass[:, 1:count]).exp()  # of the left child
+                odds = F.linear(x, now)
+                guess = odds.sigmoid()
+                loss += (here * (F.softplus(odds) - wanted * odds)).sum(0)
+                slope += (here * (guess - wanted)).T @ x
+                curve += (here * guess * (1 - guess)).sum(0)
+            pull = now - start
+            loss += _FEW / 2 * ((pull @ self.metric) * pull).sum(-1)
+            better = loss <= least
+            kept = torch.where(better[:, None], now, kept)
+            least = torch.where(better, loss, least)
+            fresh = (slope @ self.inverse + _FEW * pull) / (curve + _FEW)[:, None]
+            step = torch.where(better[:, None], fresh, step)
+            pace = torch.where(better, (1.5 * pace).clamp_max(1.0), pace / 2)
+            if turn < self.passes:
+                now = kept - pace[:, None] * step
+        return kept
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, max(1, size)):
+        yield slice(start, start + max(1, size))
 
 
 def _along(odds: Tensor, side: Tensor) -> Tensor:

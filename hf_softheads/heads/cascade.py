@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.heads.fitting import over_states
 from hf_softheads.heads.low_rank import LowRank
 from hf_softheads.heads.screened import STATES, Screened, ScreenedHead
 
@@ -62,12 +63,16 @@ class Cascade(Screened, name="cascade"):
         super().fit(head, weight, bias, stats)
         if stats is None or not isinstance(head, CascadeHead):
             return
+
+        def unsure(states: Tensor) -> Tensor:
+            return over_states(lambda h: head._preview(h, 0)[-1], states, head._width, "leads")
+
         states = stats.states[:STATES].to(weight.device)
-        sure = ~head.unsure(states)
+        sure = ~unsure(states)
         if bool(sure.any()):
             head.calibrate(states[sure], weight, bias)
         fresh = stats.states[STATES:] if len(stats.states) > STATES else stats.states
-        share = head.unsure(fresh[:STATES].to(weight.device)).float().mean()
+        share = unsure(fresh[:STATES].to(weight.device)).float().mean()
         head.millionths.fill_(round(1e6 * float(share)))
 
 

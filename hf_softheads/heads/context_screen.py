@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_softheads.heads.base import Head, HeadSpec, index_dtype
-from hf_softheads.heads.fitting import gumbel_choice, scores_of
+from hf_softheads.heads.fitting import gumbel_choice, over_states, scores_of
 from hf_softheads.kmeans import kmeans, require_finite
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ _SMOOTHING = 8.0  # hidden states' worth of the mean distribution in each cluste
 _SHARPNESS = 10.0  # length of the cluster rows when their training starts
 _ROUNDS, _STEPS, _BATCH, _LR = 4, 100, 1024, 0.03
 _HEATS = (1.0, 0.1)
-_CHUNK_ELEMENTS = 2**24  # logits held at once
 
 
 @dataclass(frozen=True)
@@ -189,13 +188,17 @@ class _Sets(NamedTuple):
 
 def _look(head: Head, states: Tensor, weight: Tensor, bias: Tensor | None, prior: Tensor) -> _Seen:
     transform = head.transform or (lambda z: z)
-    parts: list[tuple[Tensor, ...]] = []
-    for h in states.split(max(1, _CHUNK_ELEMENTS // len(weight))):
+    count = min(_LIKELY, len(prior))
+
+    def chunk(h: Tensor) -> Tensor:
         z = transform(scores_of(h, weight, bias))
-        total = z.logsumexp(-1)
-        best, ids = z.topk(min(_LIKELY, len(prior)), -1)
-        parts.append((F.normalize(h, dim=-1), total, ids, (best - total[:, None]).exp()))
-    return _Seen(*(torch.cat(found) for found in zip(*parts, strict=True)))
+        total = z.logsumexp(-1, keepdim=True)
+        best, ids = z.topk(count, -1)
+        return torch.cat([total.double(), (best - total).exp().double(), ids.double()], 1)
+
+    found = over_states(chunk, states, len(weight), "likely tokens")
+    total, probs, ids = found.split([1, count, count], 1)
+    return _Seen(F.normalize(states, dim=-1), total.squeeze(1).float(), ids.long(), probs.float())
 
 
 def _nearest(rows: Tensor, seen: _Seen) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import hf_softheads as sh
-from hf_softheads.heads import BinaryTree, Hierarchical, Quantized
+from hf_softheads.heads import BinaryTree, Hierarchical, Quantized, binary_tree
 from hf_softheads.heads.base import HeadSpec, LogitTransform
 from hf_softheads.heads.binary_tree import BinaryTreeHead, bisected
 from hf_softheads.heads.hierarchical import HierarchicalHead, within_classes
@@ -144,3 +144,14 @@ def test_tree_trains_without_all_scores(toy: Toy, monkeypatch: pytest.MonkeyPatc
     head.token_loss(toy.hidden, toy.labels).mean().backward()
     assert head.weight.grad is not None
     head.sample(toy.hidden)
+
+
+@pytest.mark.parametrize("stats", [True, False])
+def test_tree_by_subtrees_is_the_same(stats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = make_toy(300, 8, states=512)  # leaves on two levels, subtrees of 3 and of 4 to 5
+    whole = fit(BinaryTree(2), toy, stats=stats)
+    monkeypatch.setattr(binary_tree, "_LEAVES", 8)
+    head = fit(BinaryTree(2), toy, stats=stats)
+    assert torch.equal(head.order, whole.order)
+    hidden = toy.hidden[:64]
+    torch.testing.assert_close(head(hidden), whole(hidden), rtol=1e-3, atol=1e-3)
