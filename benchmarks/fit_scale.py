@@ -41,6 +41,7 @@ JUDGES = 128  # more hidden states, on which the result is compared with the den
 SPECS: dict[str, HeadSpec] = {
     "adaptive": heads.Adaptive((VOCAB // 16, VOCAB // 4)),
     "cascade": heads.Cascade(heads.TransformCoded(bits=1.5), 256),
+    "context_screen": heads.ContextScreen(64),
     "cosine": heads.Cosine(),
     "draft": heads.Draft(32_768),
     "fourier": heads.Fourier(start=VOCAB - 256),  # the last tokens are bins of a number
@@ -57,9 +58,6 @@ SPECS: dict[str, HeadSpec] = {
     "vq": heads.VQ.repaired(VOCAB // 16),
 }
 """For variants that are not here the middle of their ladder."""
-LEFT_OUT = (
-    "binary_tree",
-)  # a row for every token, in fp32 several times: for smaller vocabularies
 
 
 def spec_of(name: str) -> HeadSpec:
@@ -151,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    names = [name for name in variants("head") if name not in LEFT_OUT]
+    names = list(variants("head"))
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--child", help=argparse.SUPPRESS)

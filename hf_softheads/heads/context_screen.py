@@ -96,7 +96,8 @@ class ContextScreen(HeadSpec, name="context_screen"):
         slope, level = _levels(states, seen.total, which, self.clusters)
         head.slope.copy_(slope / scale)
         head.level.copy_(level / scale)
-        found = (clusters.ids[which] == seen.ids[:, :1]).any(-1)
+        inside = torch.zeros(self.clusters, len(weight), dtype=torch.bool, device=weight.device)
+        found = inside.scatter_(1, clusters.ids, True)[which, seen.ids[:, 0]]
         head.millionths.fill_(round(1e6 * float(found[:held].double().mean())) if held else -1)
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
 
 _STATES = 16_384  # hidden states that the class rows are fitted to
-_STEPS = 40  # of L-BFGS
+_STEPS, _HISTORY = 40, 10  # of L-BFGS
+_BATCH = 2048  # hidden states at once
 _RIDGE = 1e-3  # pull of the class rows towards their start, in the metric of the states
 _SEARCHED = 4  # up to so many hidden states are searched class by class for their best tokens
 
@@ -135,18 +136,25 @@ def _refine(
     moment = states.T @ states / len(states)
     start = rows.clone()
     rows, shifts = rows.clone().requires_grad_(), shifts.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([rows, shifts], max_iter=_STEPS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [rows, shifts], max_iter=_STEPS, history_size=_HISTORY, line_search_fn="strong_wolfe"
+    )
 
     bar = iter(progress(range(_STEPS * 5 // 4), "class rows"))  # calls in all of L-BFGS, at most
 
     def closure() -> Tensor:
         next(bar, None)
         optimizer.zero_grad()
-        log_q = (gain * F.linear(states, rows, shifts)).log_softmax(-1)
         moved = rows - start
-        loss = -(wanted * log_q).sum(-1).mean() + _RIDGE * ((moved @ moment) * moved).sum()
+        loss = _RIDGE * ((moved @ moment) * moved).sum()
         loss.backward()
-        return loss
+        total = loss.detach()
+        for h, p in zip(states.split(_BATCH), wanted.split(_BATCH), strict=True):
+            log_q = (gain * F.linear(h, rows, shifts)).log_softmax(-1)
+            loss = -(p * log_q).sum() / len(states)
+            loss.backward()
+            total += loss.detach()
+        return total
 
     with torch.enable_grad():
         optimizer.step(closure)
