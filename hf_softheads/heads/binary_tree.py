@@ -69,7 +69,7 @@ class BinaryTree(HeadSpec, name="binary_tree"):
         rows = weight
         if stats is not None:
             root = metric_root(stats, centred=True)[0].to(weight.device, torch.float32)
-            rows = torch.empty_like(weight)
+            rows = torch.empty_like(weight, dtype=torch.bfloat16)  # to choose directions by
             for part in blocks(len(weight)):
                 rows[part] = weight[part].float() @ root
         order = bisected(rows)
