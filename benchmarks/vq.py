@@ -111,7 +111,8 @@ def main() -> None:
     dense = rows[0]["perplexity"]
     points = [
         {
-            "variant": f"VQ {r['stage']}",
+            "variant": r["stage"],
+            "baseline": r["stage"] == "published",
             "ratio": r["perplexity"] / dense,
             "bytes": r["bytes"] / 1024,
         }

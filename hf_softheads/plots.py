@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,10 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+_LEAST = 0.01  # per cent, the least loss that is drawn
+_MARKERS = "osD^vP*X"
+_COLORS = [f"C{i}" for i in range(10)] + ["#222222", "#b8860b", "#006d5b", "#8b1a6b"]
 
 
 def plot_stages(stages: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> Path:
@@ -42,10 +45,14 @@ def plot_stages(stages: Sequence[Mapping[str, Any]], path: str | Path, title: st
 def plot_frontier(
     points: Sequence[Mapping[str, Any]], path: str | Path, *, x: str, xlabel: str, title: str
 ) -> Path:
-    """Perplexity ratio to the dense head against a size, one line a variant.
+    """Perplexity lost to the dense head against a size, one line a variant.
+
+    Variants of the same first word share a color; those that are marked as `baseline` are dashed. A loss of less than
+    0.01 % is drawn there.
 
     Args:
-        points: dictionaries with `variant`, `ratio` and the size under the name `x`.
+        points: dictionaries with `variant`, `ratio` of the perplexities, the size under the name `x` and perhaps
+            `baseline`.
     """
     return plot_frontiers([(points, x, xlabel)], path, title)
 
@@ -62,31 +69,40 @@ def plot_frontiers(
         squeeze=False,
         sharey=True,
     )
-    styles = itertools.cycle(
-        (color, marker) for marker in "osD^" for color in (f"C{i}" for i in range(7))
-    )
-    names = sorted({point["variant"] for points, _, _ in panels for point in points})
-    style = dict(zip(names, styles, strict=False))
+    every = [point for points, _, _ in panels for point in points]
+    names = sorted({point["variant"] for point in every})
+    baselines = {point["variant"] for point in every if point.get("baseline")}
+    families = list(dict.fromkeys(map(_family, names)))
+    style = {}
+    for name in names:
+        relatives = [other for other in names if _family(other) == _family(name)]
+        color = _COLORS[families.index(_family(name)) % len(_COLORS)]
+        marker = _MARKERS[relatives.index(name) % len(_MARKERS)]
+        style[name] = {"color": color, "marker": marker, "ls": "--" if name in baselines else "-"}
     for axes, (points, x, xlabel) in zip(columns[0], panels, strict=True):
-        for variant, (color, marker) in style.items():
+        for variant, look in style.items():
             own = sorted((p for p in points if p["variant"] == variant), key=lambda p: p[x])
-            sizes, ratios = [p[x] for p in own], [p["ratio"] for p in own]
-            (line,) = axes.plot(sizes, ratios, color=color, marker=marker, ms=5)
+            losses = [max(100 * (p["ratio"] - 1), _LEAST) for p in own]
+            (line,) = axes.plot([p[x] for p in own], losses, ms=5, lw=1.2, **look)
             if axes is columns[0][0]:
                 line.set_label(variant)
-        axes.axhline(1.0, color="#4c566a", lw=1)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g} %")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(axis="y", lw=0.5, alpha=0.5)
         axes.set_xlabel(xlabel)
         axes.spines[["top", "right"]].set_visible(False)
-    columns[0][0].set_ylabel("perplexity ÷ dense (log scale)")
+    columns[0][0].set_ylabel("perplexity above the dense head's (log scale)")
     columns[0][0].set_title(title, loc="left")
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return _save(figure, path)
+
+
+def _family(variant: str) -> str:
+    return variant.replace(",", " ").split()[0]
 
 
 def _save(figure: Any, path: str | Path) -> Path:
