@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.fitting import over_states
 from hf_softheads.heads.low_rank import LowRank
 from hf_softheads.heads.screened import STATES, Screened, ScreenedHead
@@ -65,7 +65,7 @@ class Cascade(Screened, name="cascade"):
             return
 
         def unsure(states: Tensor) -> Tensor:
-            return over_states(lambda h: head._preview(h, 0)[-1], states, head._width, "leads")
+            return over_states(lambda h: head._preview(h, 0).unsure, states, head._width, "leads")
 
         states = stats.states[:STATES].to(weight.device)
         sure = ~unsure(states)
@@ -74,6 +74,16 @@ class Cascade(Screened, name="cascade"):
         fresh = stats.states[STATES:] if len(stats.states) > STATES else stats.states
         share = unsure(fresh[:STATES].to(weight.device)).float().mean()
         head.millionths.fill_(round(1e6 * float(share)))
+
+
+class _Preview(NamedTuple):
+    """What is known of some hidden states before any of them is scored by all rows."""
+
+    previews: Tensor  # shifted by `weight`, (N, V)
+    values: Tensor  # exact scores of the candidates, then some more of the best previews, (N, candidates + more)
+    tokens: Tensor  # whose they are
+    total: Tensor  # `log Σ exp` of the mixed logits, (N,)
+    unsure: Tensor  # (N,) bool
 
 
 class CascadeHead(ScreenedHead):
@@ -93,10 +103,9 @@ class CascadeHead(ScreenedHead):
     @torch.no_grad()
     def unsure(self, hidden: Tensor) -> Tensor:
         """Which hidden states `(…, D)` are scored by all rows, `(…)` bool."""
-        return self._in_chunks(lambda h: self._preview(h, 0)[-1], hidden, width=self._width)
+        return self._in_chunks(lambda h: self._preview(h, 0).unsure, hidden, width=self._width)
 
-    def _preview(self, hidden: Tensor, more: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Shifted previews; the best of them and `more`; their tokens; exact scores of the best; which are unsure."""
+    def _preview(self, hidden: Tensor, more: int) -> _Preview:
         transform = self.transform or (lambda z: z)
         previews = self.screen.scores(hidden).float() + self.weight
         count = min(self.candidates + more, self.out_features)
@@ -104,12 +113,16 @@ class CascadeHead(ScreenedHead):
         first = tokens[..., : self.candidates]
         exact = self.inner.score(hidden, first)
         rest = transform(previews.detach()).scatter(-1, first, -torch.inf)
-        lead = transform(exact.detach()).logsumexp(-1) - self._logsumexp(rest)
-        return previews, best, tokens, exact, lead < self.margin
+        mass, left = transform(exact.detach()).logsumexp(-1), self._logsumexp(rest)
+        values = torch.cat([exact, best[..., self.candidates :]], -1)
+        return _Preview(
+            previews, values, tokens, torch.logaddexp(mass, left), mass - left < self.margin
+        )
 
     def _mixed(self, hidden: Tensor) -> Tensor:
-        previews, _, tokens, exact, unsure = self._preview(hidden, 0)
-        return self._settle(hidden, unsure, previews.scatter(-1, tokens, exact), self._whole)
+        found = self._preview(hidden, 0)
+        mixed = found.previews.scatter(-1, found.tokens, found.values)
+        return self._settle(hidden, found.unsure, mixed, self._whole)
 
     def _settle(
         self, hidden: Tensor, unsure: Tensor, found: Tensor, whole: Callable[[Tensor], Tensor]
@@ -126,28 +139,21 @@ class CascadeHead(ScreenedHead):
         tokens = self._largest(scores.detach(), self.candidates)[1]
         return scores.scatter(-1, tokens, self.inner.score(hidden, tokens))
 
-    @torch.no_grad()
-    def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _best(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
         transform = self._known_transform()
 
-        def pair(values: Tensor, tokens: Tensor) -> Tensor:
-            return torch.cat([values.double(), tokens.double()], -1)
+        def row(values: Tensor, tokens: Tensor, total: Tensor) -> Tensor:
+            return torch.cat([values.double(), tokens.double(), total.double().unsqueeze(-1)], -1)
 
         def whole(h: Tensor) -> Tensor:
-            return pair(*transform(self._whole(h)).topk(k, -1))
+            logits = transform(self._whole(h))
+            return row(*logits.topk(k, -1), self._logsumexp(logits))
 
-        def chunk(h: Tensor) -> Tensor:
-            _, best, tokens, exact, unsure = self._preview(h, k)
-            mixed = torch.cat([exact, best[..., self.candidates :]], -1)
-            most, place = transform(mixed).topk(k, -1)
-            return self._settle(h, unsure, pair(most, tokens.gather(-1, place)), whole)
-
-        both = self._in_chunks(chunk, hidden, width=self._width)
-        return both[..., :k].float(), both[..., k:].long()
-
-    @torch.no_grad()
-    def topk_log_prob(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return Head.topk_log_prob(self, hidden, k)
+        found = self._preview(hidden, k)
+        most, place = transform(found.values).topk(k, -1)
+        mixed = row(most, found.tokens.gather(-1, place), found.total)
+        rows = self._settle(hidden, found.unsure, mixed, whole)
+        return rows[..., :k].float(), rows[..., k:-1].long(), lambda: rows[..., -1].float()
 
     @property
     def bytes_read(self) -> int:

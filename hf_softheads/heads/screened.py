@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -124,39 +125,44 @@ class ScreenedHead(Head):
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        transform = self._known_transform()
-        count = min(self.candidates + k, self.out_features)
-
-        def chunk(h: Tensor) -> Tensor:
-            values, tokens = self._largest(self.screen.scores(h).float(), count)
-            exact = self.inner.score(h, tokens[..., : self.candidates])
-            rest = values[..., self.candidates :] + self.weight
-            most, place = transform(torch.cat([exact, rest], -1)).topk(k, -1)
-            return torch.cat([most.double(), tokens.gather(-1, place).double()], -1)
-
-        both = self._in_chunks(chunk, hidden, width=self._width)
-        return both[..., :k].float(), both[..., k:].long()
+        return self._pairs(lambda h: self._best(h, k)[:2], hidden, k)
 
     @torch.no_grad()
     def topk_log_prob(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        transform = self._known_transform()
-        count = min(self.candidates + k, self.out_features)
+        def chunk(h: Tensor) -> tuple[Tensor, Tensor]:
+            values, tokens, total = self._best(h, k)
+            return values - total().unsqueeze(-1), tokens
+
+        return self._pairs(chunk, hidden, k)
+
+    def _pairs(
+        self, function: Callable[[Tensor], tuple[Tensor, Tensor]], hidden: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """Numbers and tokens, `(…, k)` both, of hidden states in chunks."""
 
         def chunk(h: Tensor) -> Tensor:
-            previews = self.screen.scores(h).float()
-            values, tokens = self._largest(previews, count)
-            chosen = tokens[..., : self.candidates]
-            exact = transform(self.inner.score(h, chosen))
-            rest = transform(values[..., self.candidates :] + self.weight)
-            most, place = torch.cat([exact, rest], -1).topk(k, -1)
-            tail = transform(previews.add_(self.weight)).scatter_(-1, chosen, -torch.inf)
-            total = torch.logaddexp(exact.logsumexp(-1), self._logsumexp(tail))
-            return torch.cat(
-                [(most - total.unsqueeze(-1)).double(), tokens.gather(-1, place).double()], -1
-            )
+            values, tokens = function(h)
+            return torch.cat([values.double(), tokens.double()], -1)
 
         both = self._in_chunks(chunk, hidden, width=self._width)
         return both[..., :k].float(), both[..., k:].long()
+
+    def _best(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+        """The largest logits and their tokens, `(N, k)` both, and what gives `log Σ exp` of all, `(N,)`."""
+        transform = self._known_transform()
+        previews = self.screen.scores(hidden).float()
+        count = min(self.candidates + k, self.out_features)
+        values, tokens = self._largest(previews, count)
+        chosen = tokens[..., : self.candidates]
+        exact = transform(self.inner.score(hidden, chosen))
+        rest = transform(values[..., self.candidates :] + self.weight)
+        most, place = torch.cat([exact, rest], -1).topk(k, -1)
+
+        def total() -> Tensor:
+            tail = transform(previews.add_(self.weight)).scatter_(-1, chosen, -torch.inf)
+            return torch.logaddexp(exact.logsumexp(-1), self._logsumexp(tail))
+
+        return most, tokens.gather(-1, place), total
 
     def _largest(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         if self._compiled(scores):
