@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _STATES = 4096  # hidden states that the nodes are fitted to
 _LEAVES = 4096  # of a subtree that is fitted at once
-_ELEMENTS = 2**24  # numbers held at once by the fit
+_ELEMENTS = 2**22  # numbers held at once by the fit
 _POWER_STEPS = 8  # towards the direction in which a node's tokens differ most
 _RIDGE = 1e-3  # of the mean variance of the states
 _FEW = 16.0  # states' worth of curvature that hold a node's row near its start
@@ -86,22 +86,28 @@ class BinaryTree(HeadSpec, name="binary_tree"):
             scores = None if newton is None else F.linear(newton.states, rows, shifts)
             return _Leaves(rows, shifts, *_means(tokens, rows.shape[1], stats), scores)
 
-        vocab = len(weight)
+        vocab, dim = weight.shape
         height = 0  # of the tree above the subtrees
         while vocab >> height > _LEAVES // 2:
             height += 1
         roots = range(2**height, 2 ** (height + 1))
         subtrees = [tuple(part.to(weight.device) for part in _below(n, vocab)) for n in roots]
-        sums = [_summed(*_means(order[places], weight.shape[1], stats)) for _, places in subtrees]
-        middles = _middles(*(torch.cat(part) for part in zip(*sums, strict=True)))
-        above = []
-        for number, (nodes, places) in zip(progress(roots, "subtrees"), subtrees, strict=True):
+        above = _Leaves.empty(height, dim, newton, weight.device)
+        for i, (_, places) in enumerate(subtrees):
+            centers, mass = _means(order[places], dim, stats)
+            above.mass[i] = mass.sum()
+            above.centers[i] = mass @ centers / above.mass[i].clamp_min(1e-30)
+        middles = _middles(above.centers, above.mass)
+        for i, (nodes, places) in enumerate(progress(subtrees, "subtrees")):
             leaves = of_tokens(order[places])
             self._install(head, nodes, leaves, newton)
-            above.append(leaves.merged(middles[[number >> up for up in range(height, 0, -1)]]))
+            ancestors = [roots[i] >> up for up in range(height, 0, -1)]
+            above.rows[:, i], above.shifts[:, i] = leaves.tangents(middles[ancestors])
+            if above.scores is not None and leaves.scores is not None:
+                above.scores[:, i] = leaves.scores.logsumexp(-1)
         if height:
             nodes = torch.arange(1, 2**height, device=weight.device)
-            self._install(head, nodes, _Leaves.joined(above), newton)
+            self._install(head, nodes, above, newton)
         head.states.fill_(0 if newton is None else len(newton.states))
 
     @staticmethod
@@ -133,24 +139,24 @@ class _Leaves(NamedTuple):
     mass: Tensor  # mean probability, (n,)
     scores: Tensor | None  # exact log-mass of each at the hidden states, (S, n)
 
-    def merged(self, middles: Tensor) -> _Leaves:
-        """All tokens as one leaf, with the tangents of their `log Σ exp` at some `middles (height, D)`."""
+    @classmethod
+    def empty(cls, height: int, dim: int, newton: _Newton | None, device: torch.device) -> _Leaves:
+        """For the subtrees under a tree of this height, before they are fitted: not to lie between their matrices."""
+        count = 2**height
+        scores = None if newton is None else newton.total.new_empty(len(newton.states), count)
+        return cls(
+            torch.empty(height, count, dim, device=device),
+            torch.empty(height, count, device=device),
+            torch.empty(count, dim, device=device),
+            torch.empty(count, device=device),
+            scores,
+        )
+
+    def tangents(self, middles: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and shifts of the tangents of their `log Σ exp` at some points `(n, D)`."""
         z = middles @ self.rows.T + self.shifts
         rows = z.softmax(-1) @ self.rows
-        shifts = z.logsumexp(-1) - (rows * middles).sum(-1)
-        scores = None if self.scores is None else self.scores.logsumexp(-1, keepdim=True)
-        return _Leaves(rows[:, None], shifts[:, None], *_summed(self.centers, self.mass), scores)
-
-    @classmethod
-    def joined(cls, leaves: list[_Leaves]) -> _Leaves:
-        scores = [one.scores for one in leaves if one.scores is not None]
-        return cls(
-            torch.cat([one.rows for one in leaves], 1),
-            torch.cat([one.shifts for one in leaves], 1),
-            torch.cat([one.centers for one in leaves]),
-            torch.cat([one.mass for one in leaves]),
-            torch.cat(scores, 1) if scores else None,
-        )
+        return rows, z.logsumexp(-1) - (rows * middles).sum(-1)
 
 
 def _means(tokens: Tensor, dim: int, stats: HeadStats | None) -> tuple[Tensor, Tensor]:
@@ -161,12 +167,6 @@ def _means(tokens: Tensor, dim: int, stats: HeadStats | None) -> tuple[Tensor, T
     where = tokens.to(stats.mean_prob.device)
     found = stats.prob_weighted_mean[where], stats.mean_prob[where]
     return found[0].to(tokens.device).float(), found[1].to(tokens.device).float()
-
-
-def _summed(centers: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Their common center, `(1, D)`, and mass, `(1,)`."""
-    total = mass.sum(0, keepdim=True)
-    return mass[None] @ centers / total.clamp_min(1e-30), total
 
 
 def _middles(centers: Tensor, mass: Tensor) -> Tensor:
