@@ -38,6 +38,8 @@ SPECS: dict[str, HeadSpec] = {
     "product_vq, 2 bits": heads.ProductVQ(DIM // 4),
     "product_vq, 1 bit": heads.ProductVQ(DIM // 8),
     "product_vq, 1 bit, 16 codes": heads.ProductVQ(DIM // 4, codes=16),
+    "product_vq, 2 bits, structured": heads.ProductVQ(DIM // 4, rotation="structured"),
+    "product_vq, 1 bit, 16 codes, structured": heads.ProductVQ(DIM // 4, 16, "structured"),
     "low_rank_residual, 4 bits": heads.LowRankResidual(DIM // 16, 4),
     "residual_vq 4 x 1024": heads.ResidualVQ(4, 1024),
     "low_rank D/4": heads.LowRank(DIM // 4),
@@ -48,6 +50,7 @@ SPECS: dict[str, HeadSpec] = {
 SCREENS = {  # candidates of each
     "transform_coded, 1 bit": CANDIDATES,
     "product_vq, 1 bit, 16 codes": CANDIDATES,
+    "product_vq, 1 bit, 16 codes, structured": CANDIDATES,
     "residual_vq 4 x 1024": CANDIDATES,
     "low_rank D/8": CANDIDATES,
     "low_rank D/4 in 8 bits": CANDIDATES,

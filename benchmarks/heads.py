@@ -54,7 +54,7 @@ def candidates(dim: int, vocab: int) -> list[tuple[str, Any, bool]]:
     plain: list[tuple[str, Any, bool]] = [
         *(("vq, published", VQ(vocab // part), False) for part in (100, 32, 16, 8)),
         *(
-            ("product_vq, plain", ProductVQ(dim // part, rotate=False), False)
+            ("product_vq, plain", ProductVQ(dim // part, rotation="none"), False)
             for part in (16, 8, 4)
         ),
         *(("round to nearest", Quantized(bits), False) for bits in (2, 3, 4, 8)),
@@ -64,10 +64,18 @@ def candidates(dim: int, vocab: int) -> list[tuple[str, Any, bool]]:
         *(("vq, repaired", VQ.repaired(vocab // part), True) for part in (100, 32, 16, 8)),
         *(("product_vq", ProductVQ(dim // part), True) for part in (16, 8, 4)),
         *(
-            ("product_vq, 16 codes, no basis", ProductVQ(g, 16, False), True)
+            ("product_vq, structured", ProductVQ(dim // part, rotation="structured"), True)
+            for part in (16, 8, 4)
+        ),
+        *(
+            ("product_vq, structured, 16 codes", ProductVQ(g, 16, "structured"), True)
+            for g in (dim // 4, dim // 2, dim)
+        ),
+        *(
+            ("product_vq, 16 codes, no basis", ProductVQ(g, 16, "none"), True)
             for g in (dim // 2, dim)
         ),
-        ("product_vq, 64 codes, no basis", ProductVQ(dim, 64, False), True),
+        ("product_vq, 64 codes, no basis", ProductVQ(dim, 64, "none"), True),
         *(("residual_vq", ResidualVQ(4, codes), True) for codes in (64, 256, 1024)),
         *(("quantized", Quantized(bits), True) for bits in (2, 3, 4, 5, 6, 8)),
         *(("lattice", Lattice(stages), True) for stages in (1, 2)),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.fitting import progress
+from hf_softheads.heads.hadamard import random_signs, signed_hadamard
 from hf_softheads.heads.metric import local_moments
 from hf_softheads.heads.rows import RowsHead
 from hf_softheads.kmeans import require_finite
@@ -67,8 +68,7 @@ class Lattice(HeadSpec, name="lattice"):
     ) -> None:
         require_finite(weight, "output rows")
         vocab, dim = weight.shape
-        signs = torch.randint(2, (dim,), generator=torch.Generator().manual_seed(self.seed))
-        head.signs.copy_(signs * 2 - 1)
+        head.signs.copy_(random_signs(dim, self.seed))
         labels = torch.zeros(vocab, dtype=torch.long, device=weight.device)
         moments = torch.eye(dim, dtype=torch.float64, device=weight.device)[None]
         if stats is not None:
@@ -197,11 +197,8 @@ class LatticeHead(RowsHead):
         self.register_buffer("signs_of", torch.zeros(size, dtype=torch.uint8))
 
     def turned(self, values: Tensor) -> Tensor:
-        """`values (…, D)` with signs, then blocks of the largest power of two in D through a Hadamard transform."""
-        block = self.in_features & -self.in_features
-        cut = (values * self.signs.to(values.dtype)).unflatten(-1, (-1, block))
-        turned: Tensor = (cut @ _hadamard(block).to(cut)).flatten(-2)
-        return turned
+        """`values (…, D)` in the coordinates of the codes."""
+        return signed_hadamard(values, self.signs)
 
     def prepare(self, hidden: Tensor) -> Tensor:
         return self.turned(hidden)
@@ -219,11 +216,3 @@ class LatticeHead(RowsHead):
 
     def notes(self) -> list[str]:
         return [f"{2 * len(self.shapes)} bits a weight in points of the E8 lattice"]
-
-
-@cache
-def _hadamard(size: int) -> Tensor:
-    matrix: Tensor = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix.mul(size**-0.5)

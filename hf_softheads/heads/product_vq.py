@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from hf_softheads.heads.additive import Additive, compose, recentre, recode, set
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.compiled import CompiledHead
 from hf_softheads.heads.fitting import blocks, progress
+from hf_softheads.heads.hadamard import factors, random_signs, signed_hadamard
 from hf_softheads.heads.metric import local_moments, metric_root, weighted_moment
 from hf_softheads.heads.packing import PARTS, pack_bits, unpack_bits
 from hf_softheads.kernels.product_vq import make_tiles, product_vq_scores
@@ -30,23 +31,24 @@ _ELEMENTS = 2**24  # coordinates of rows held at once
 
 @dataclass(frozen=True)
 class ProductVQ(HeadSpec, name="product_vq"):
-    """`logit_v = Σ_g weight[g, code_vg] · x_g`, `x = basis h` cut into `groups` equal parts.
+    """`logit_v = Σ_g weight[g, code_vg] · x_g`, `x = R h` cut into `groups` equal parts.
 
     VQ-Logits with one codebook per group of columns (Jégou et al. 2011; as an output layer RecJPQ, arXiv 2312.06165):
-    `codes**groups` possible rows instead of `codes`. `basis` whitens the hidden state and spreads the variance of
-    the rows evenly over the groups (OPQ's eigenvalue allocation, Ge et al. 2013, in the metric `E[h hᵀ]`). After
-    k-means group by group, codes change in turn so that groups make up for each other's errors.
+    `codes**groups` possible rows instead of `codes`. A learned R whitens the hidden state and spreads the variance of
+    the rows evenly over the groups (OPQ's eigenvalue allocation, Ge et al. 2013, in the metric `E[h hᵀ]`); it trains
+    and costs D² parameters. A structured R, a Hadamard transform after random signs, makes groups alike for D bytes.
+    After k-means group by group, codes change in turn so that groups make up for each other's errors.
 
     Attributes:
         groups: must divide D; bits per weight = groups · log2(codes) / D, and the tables.
         codes: per group, a power of two up to 256.
-        rotate: False leaves out `basis`, and its D² parameters.
-        seed: of k-means.
+        rotation: of the hidden state: `learned`, `structured` or `none`.
+        seed: of k-means and of the signs.
     """
 
     groups: int
     codes: int = 256
-    rotate: bool = True
+    rotation: Literal["learned", "structured", "none"] = "learned"
     seed: int = 0
 
     @classmethod
@@ -71,7 +73,7 @@ class ProductVQ(HeadSpec, name="product_vq"):
             )
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> ProductVQHead:
-        return ProductVQHead(dim, vocab, self.groups, self.codes, bias=bias, rotate=self.rotate)
+        return ProductVQHead(dim, vocab, self.groups, self.codes, bias=bias, rotation=self.rotation)
 
     @torch.no_grad()
     def fit(
@@ -84,20 +86,29 @@ class ProductVQ(HeadSpec, name="product_vq"):
         root = inverse = torch.eye(dim, dtype=torch.float64)
         if stats is not None:
             root, inverse = metric_root(stats)
-        forward, backward = root.to(weight.device).float(), inverse.to(weight.device).float()
+        if head.signs is not None:
+            head.signs.copy_(random_signs(dim, self.seed))
+        forward = None
         if head.basis is not None:
             moment = root.T @ weighted_moment(weight, importance).to(root) @ root
-            rotation = _balanced_rotation(moment, self.groups).to(weight.device)
-            forward, backward = forward @ rotation, rotation.T @ backward
-            head.basis.copy_(backward)
+            rotation = _balanced_rotation(moment, self.groups)
+            head.basis.copy_(rotation.T @ inverse.float())
+            forward = (root.float() @ rotation).to(weight.device)
+        spread = head.turned(
+            root.T.to(weight.device)
+        ).T  # of the states, in the coordinates of the codes
+
+        def coordinates(rows: Tensor, columns: slice = slice(None)) -> Tensor:
+            return head.turned(rows)[:, columns] if forward is None else rows @ forward[:, columns]
+
         train = importance.topk(min(vocab, _FITTED_ROWS)).indices.sort().values
         codes = torch.empty(vocab, self.groups, dtype=torch.uint8, device=weight.device)
         width = dim // self.groups
-        parts = enumerate(_parts(weight, None if head.basis is None else forward, width))
+        parts = enumerate(_parts(weight, coordinates, width))
         for group, points in progress(parts, "groups", self.groups):
-            metric = None
-            if head.basis is None:  # the part of the metric that lies within the group
-                own = forward[group * width : (group + 1) * width]
+            metric = None  # whitened by a learned rotation
+            if forward is None:  # the part of the metric that lies within the group
+                own = spread[group * width : (group + 1) * width].float()
                 metric = torch.linalg.cholesky(own @ own.T)
             found = kmeans(
                 points[train], self.codes, weights=importance[train], metric=metric, seed=self.seed
@@ -105,7 +116,8 @@ class ProductVQ(HeadSpec, name="product_vq"):
             head.weight[group] = found.centers
             codes[:, group] = nearest(points, found.centers, metric=metric)[0].to(torch.uint8)
         if stats is not None:
-            _refine(head, weight, codes, stats, train, forward if head.basis is not None else None)
+            whole = None if forward is not None else (spread @ spread.T).float()
+            _refine(head, weight, codes, stats, train, coordinates, whole)
         head.store(codes)
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias)
@@ -117,18 +129,19 @@ def _refine(
     codes: Tensor,
     stats: HeadStats,
     train: Tensor,
-    forward: Tensor | None,
+    coordinates: Callable[[Tensor], Tensor],
+    whole: Tensor | None,
 ) -> None:
-    """Let the groups make up for each other's errors: in `E[h hᵀ]`, then in the metric of each token's own contexts."""
+    """Let the groups make up for each other's errors: in `whole`, where it is not 1, then in each token's own metric.
+
+    `whole (D, D)` is `E[x xᵀ]`; a token's own metric is that of its contexts.
+    """
 
     def wanted(which: Tensor) -> Tensor:
-        rows = weight[which].float()
-        return rows if forward is None else rows @ forward
+        return coordinates(weight[which].float())
 
     books, dim = head.weight.data.float(), weight.shape[1]
-    if forward is None:  # else the groups do not interact on average
-        root = metric_root(stats)[0].to(weight.device)
-        whole = (root @ root.T).float()
+    if whole is not None:  # else the groups do not interact on average
         share = stats.curvature.to(weight.device)
         for _ in progress(range(_ROUNDS), "codebooks"):
             parts = train.split(_ROWS)
@@ -146,25 +159,21 @@ def _refine(
             books = recentre(code, slope, books, head.parts, whole, share[train])
         head.weight.copy_(books)
     labels, moments = local_moments(stats, weight)
-    if head.basis is not None:
-        basis = head.basis.double()
-        settle(codes, books, head.parts, wanted, labels, (basis @ m @ basis.T for m in moments))
-    else:
-        settle(codes, books, head.parts, wanted, labels, moments)
+    turned = (head.turned(head.turned(moment).T) for moment in moments)
+    settle(codes, books, head.parts, wanted, labels, turned)
 
 
-def _parts(weight: Tensor, forward: Tensor | None, width: int) -> Iterator[Tensor]:
-    """`weight @ forward`, `width` columns at a time, `(V, width)` fp32; several are computed together."""
+def _parts(
+    weight: Tensor, coordinates: Callable[[Tensor, slice], Tensor], width: int
+) -> Iterator[Tensor]:
+    """The rows' coordinates, `width` at a time, `(V, width)` fp32; several are computed together."""
     vocab, dim = weight.shape
     step = max(1, _ELEMENTS // (vocab * width)) * width
     for first in range(0, dim, step):
         columns = slice(first, min(first + step, dim))
         points = torch.empty(vocab, columns.stop - first, device=weight.device)
         for which in blocks(vocab):
-            if forward is None:
-                points[which] = weight[which, columns].float()
-            else:
-                points[which] = weight[which].float() @ forward[:, columns]
+            points[which] = coordinates(weight[which].float(), columns)
         yield from points.split(width, 1)
 
 
@@ -185,15 +194,21 @@ def _balanced_rotation(moment: Tensor, groups: int) -> Tensor:
 
 
 class ProductVQHead(CompiledHead):
-    """`weight` holds the codebooks `(G, C, D / G)`, `basis (D, D)` the rotation; both train, the codes are fixed."""
+    """`weight` holds the codebooks `(G, C, D / G)`, `basis (D, D)` a learned rotation; both train, the codes are fixed.
+
+    `signs (D,)` are those of a structured one.
+    """
 
     kernel = "product_vq"
 
-    def __init__(self, dim: int, vocab: int, groups: int, codes: int, *, bias: bool, rotate: bool):
+    def __init__(self, dim: int, vocab: int, groups: int, codes: int, *, bias: bool, rotation: str):
         super().__init__(dim, vocab, bias=bias)
         self.bits = (codes - 1).bit_length()
         self.weight = nn.Parameter(torch.empty(groups, codes, dim // groups))
-        self.basis = nn.Parameter(torch.empty(dim, dim)) if rotate else None
+        self.basis = nn.Parameter(torch.empty(dim, dim)) if rotation == "learned" else None
+        self.signs: Tensor | None
+        structured = rotation == "structured"
+        self.register_buffer("signs", torch.ones(dim, dtype=torch.int8) if structured else None)
         for width in PARTS[self.bits]:
             size = -(-groups * width // 8)
             self.register_buffer(f"codes{width}", torch.zeros(vocab, size, dtype=torch.uint8))
@@ -202,10 +217,19 @@ class ProductVQHead(CompiledHead):
         return [getattr(self, f"codes{width}") for width in PARTS[self.bits]]
 
     def prepare(self, hidden: Tensor) -> Tensor:
-        return hidden if self.basis is None else F.linear(hidden, self.basis)
+        return self.turned(hidden) if self.basis is None else F.linear(hidden, self.basis)
+
+    def turned(self, states: Tensor) -> Tensor:
+        """`R h` of `(…, D)` in their own dtype."""
+        if self.basis is not None:
+            return states @ self.basis.detach().to(states.dtype).T
+        return states if self.signs is None else signed_hadamard(states, self.signs)
 
     def additive(self) -> Additive:
-        return Additive(self.code_table()[0], self.weight, self.parts, self.basis, self.store)
+        basis: Tensor | None = self.basis
+        if self.signs is not None:
+            basis = self.turned(torch.eye(self.in_features, device=self.weight.device)).T
+        return Additive(self.code_table()[0], self.weight, self.parts, basis, self.store)
 
     @property
     def parts(self) -> list[slice]:
@@ -251,4 +275,6 @@ class ProductVQHead(CompiledHead):
         """With one table of products per group: a product per codebook entry, an addition per token and group."""
         groups, codes, width = self.weight.shape
         rotation = 0 if self.basis is None else 2 * self.basis.numel()
+        if self.signs is not None:
+            rotation = 2 * self.in_features * sum(factors(self.in_features))
         return rotation + 2 * codes * width * groups + groups * self.out_features

@@ -13,13 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_softheads.heads  # noqa: F401 - registers the variants
 from hf_softheads import kmeans
-from hf_softheads.heads import LowRank, Quantized, base, binary_tree, fitting
+from hf_softheads.heads import LowRank, ProductVQ, Quantized, base, binary_tree, fitting, product_vq
 from hf_softheads.heads.base import Head, HeadSpec, LogitTransform
 from hf_softheads.registry import spec_from_dict, variants
 from tests.heads.conftest import Toy
 
 NAMES = sorted(variants("head"))
-COMPOSED: dict[str, HeadSpec] = {"low_rank in 8 bits": LowRank(8, Quantized(8))}
+COMPOSED: dict[str, HeadSpec] = {
+    "low_rank in 8 bits": LowRank(8, Quantized(8)),
+    "product_vq, structured": ProductVQ(8, 16, rotation="structured"),
+}
 TRANSFORMS = {
     "none": LogitTransform(),
     "scale": LogitTransform((("div", 1.5),)),
@@ -264,6 +267,7 @@ def test_fit_takes_half_precision_a_block_at_a_time(
 ) -> None:
     monkeypatch.setattr(fitting, "_ROWS", 96)
     monkeypatch.setattr(binary_tree, "_LEAVES", 96)
+    monkeypatch.setattr(product_vq, "_ROWS", 96)
     monkeypatch.setattr(kmeans, "_BLOCK_ELEMENTS", 96 * 16)
     monkeypatch.setattr(kmeans, "_CHUNK_ELEMENTS", 96 * 32)
     half = replace(toy, weight=toy.weight.bfloat16())

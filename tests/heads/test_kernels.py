@@ -126,7 +126,8 @@ def test_low_rank_residual_kernel(toy: Toy) -> None:
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize(
-    "spec", [ProductVQ(8, 256), ProductVQ(16, 16), ProductVQ(4, 64), ProductVQ(2, 4, rotate=False)]
+    "spec",
+    [ProductVQ(8, 256), ProductVQ(16, 16), ProductVQ(4, 64), ProductVQ(2, 4, rotation="none")],
 )
 def test_product_vq_kernel_errs_by_half_a_step_of_each_table(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, instructions: str, batch: int, spec: ProductVQ
@@ -148,7 +149,9 @@ def test_product_vq_kernel_errs_by_half_a_step_of_each_table(
 @pytest.mark.parametrize("codes", [16, 256])
 def test_product_vq_kernel_with_many_groups(codes: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    head = ProductVQ(groups=201, codes=codes, rotate=False).module(402, 700).requires_grad_(False)
+    head = (
+        ProductVQ(groups=201, codes=codes, rotation="none").module(402, 700).requires_grad_(False)
+    )
     head.weight.normal_(generator=generator)
     head.get_buffer("codes8" if codes == 256 else "codes4").random_(0, 256, generator=generator)
     hidden = torch.randn(3, 402, generator=generator)

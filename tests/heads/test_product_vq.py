@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from hf_softheads.heads import ProductVQ
+from hf_softheads.heads.hadamard import random_signs, signed_hadamard
 from hf_softheads.heads.product_vq import _balanced_rotation
-from tests.heads.conftest import Toy
+from tests.heads.conftest import Toy, fit, kl, make_toy
 
 
-@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("rotation", ["learned", "structured", "none"])
 @pytest.mark.parametrize("codes", [16, 64])
-def test_scores_are_sums_of_table_entries(rotate: bool, codes: int, toy: Toy) -> None:
-    spec = ProductVQ(groups=4, codes=codes, rotate=rotate)
+def test_scores_are_sums_of_table_entries(rotation: Any, codes: int, toy: Toy) -> None:
+    spec = ProductVQ(groups=4, codes=codes, rotation=rotation)
     head = spec.module(16, 256)
     spec.fit(head, toy.weight, None, toy.stats)
-    x = toy.hidden if head.basis is None else toy.hidden @ head.basis.T
+    x = head.prepare(toy.hidden)
+    if rotation == "learned":
+        torch.testing.assert_close(x, toy.hidden @ head.basis.T)
     table = torch.einsum("ngd,gcd->ngc", x.view(-1, 4, 4), head.weight)
     bits = codes.bit_length() - 1
     packed = torch.cat([p.long() for p in head.packed()], 1)
@@ -32,8 +37,9 @@ def test_scores_are_sums_of_table_entries(rotate: bool, codes: int, toy: Toy) ->
 def test_rotation_and_metric_help(toy: Toy) -> None:
     dense = toy.hidden @ toy.weight.T
     errors = []
-    for rotate, stats in ((True, toy.stats), (False, toy.stats), (False, None)):
-        spec = ProductVQ(groups=4, codes=16, rotate=rotate)
+    tried: list[tuple[Any, Any]] = [("learned", toy.stats), ("none", toy.stats), ("none", None)]
+    for rotation, stats in tried:
+        spec = ProductVQ(groups=4, codes=16, rotation=rotation)
         head = spec.module(16, 256)
         spec.fit(head, toy.weight, None, stats)
         errors.append(float((head(toy.hidden) - dense).log_softmax(-1).detach().var()))
@@ -64,3 +70,26 @@ def test_refuses_groups_that_do_not_divide(groups: int) -> None:
 def test_refuses_other_codebooks(codes: int) -> None:
     with pytest.raises(ValueError, match=f"asked for {codes} codes a group; a power of two from 2"):
         ProductVQ(groups=4, codes=codes).check(16, 256)
+
+
+@pytest.mark.parametrize("dim", [1, 7, 16, 24, 96])
+def test_hadamard_is_its_definition(dim: int) -> None:
+    block = dim & -dim
+    i = torch.arange(block)
+    ones = sum(((i[:, None] & i) >> bit) & 1 for bit in range(8))
+    matrix = (1 - 2 * (ones % 2)).double() / block**0.5  # (-1)^(bits that i and j share)
+    signs = random_signs(dim, 3)
+    values = torch.randn(5, dim, dtype=torch.float64)
+    expected = torch.cat([part @ matrix for part in (values * signs).split(block, 1)], 1)
+    torch.testing.assert_close(signed_hadamard(values, signs), expected)
+
+
+def test_structured_rotation_gives_skewed_columns_their_share() -> None:
+    toy = make_toy(256, 16)
+    toy.weight[:, 4:].mul_(0.05)  # one group holds nearly everything
+    losses = [
+        kl(fit(ProductVQ(4, 16, rotation=rotation), toy, stats=False), toy)
+        for rotation in ("structured", "none")
+    ]
+    assert losses[0] < losses[1]
+    assert ProductVQ(4, 16, rotation="structured").module(16, 256).n_parameters == 4 * 16 * 4
