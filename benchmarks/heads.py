@@ -78,6 +78,10 @@ def candidates(dim: int, vocab: int) -> list[tuple[str, Any, bool]]:
         ("product_vq, 64 codes, no basis", ProductVQ(dim, 64, "none"), True),
         *(("residual_vq", ResidualVQ(4, codes), True) for codes in (64, 256, 1024)),
         *(("quantized", Quantized(bits), True) for bits in (2, 3, 4, 5, 6, 8)),
+        *(
+            ("quantized, frequent in 8 bits", Quantized(bits, frequent=vocab // 16), True)
+            for bits in (2, 3, 4)
+        ),
         *(("lattice", Lattice(stages), True) for stages in (1, 2)),
         *(("low_rank", LowRank(dim * part // 4), True) for part in (1, 2, 3)),
         *(("low_rank_residual", LowRankResidual(8, bits), True) for bits in (2, 3, 4)),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.base import HeadSpec, index_dtype
 from hf_softheads.heads.compiled import CompiledHead
 from hf_softheads.heads.fitting import blocks, progress
 from hf_softheads.heads.metric import local_moments
@@ -17,7 +17,7 @@ from hf_softheads.heads.packing import PARTS, pack_bits, unpack_bits
 from hf_softheads.heads.rounding import nearest_code, round_through, round_with_feedback
 from hf_softheads.kernels.onednn import int8_packed, int8_scores, why_no_int8
 from hf_softheads.kernels.quantized import quantized_scores
-from hf_softheads.kmeans import require_finite
+from hf_softheads.kmeans import Rows, require_finite
 
 if TYPE_CHECKING:
     from hf_softheads.stats import HeadStats
@@ -39,10 +39,12 @@ class Quantized(HeadSpec, name="quantized"):
     Attributes:
         bits: 8, 6, 5, 4, 3 or 2.
         group: columns per scale; must divide D. None: the whole row.
+        frequent: rows of so many of the most frequent tokens, by `HeadStats`, keep 8 bits.
     """
 
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
     group: int | None = None
+    frequent: int = 0
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -59,22 +61,45 @@ class Quantized(HeadSpec, name="quantized"):
                 f"quantized asked for groups of {self.group} of {dim} columns; they must divide it: {valid}"
             )
 
+        if not 0 <= self.frequent < vocab:
+            raise ValueError(
+                f"quantized asked for 8 bits for {self.frequent} frequent tokens; 0 to {vocab - 1} are possible"
+            )
+
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> QuantizedHead:
-        return QuantizedHead(dim, vocab, self.bits, self.group or dim, bias=bias)
+        group = self.group or dim
+        return QuantizedHead(dim, vocab, self.bits, group, bias=bias, frequent=self.frequent)
 
     @torch.no_grad()
     def fit(
         self, head: QuantizedHead, weight: Tensor, bias: Tensor | None, stats: HeadStats | None
     ) -> None:
         require_finite(weight, "output rows")
-        metrics = None if stats is None else local_moments(stats, weight)
-        head.store(*quantize_rows(weight, self.bits, self.group or head.in_features, metrics))
+        order = None
+        if head.tokens is None:
+            metrics = None if stats is None else local_moments(stats, weight)
+            head.store(*quantize_rows(weight, self.bits, head.group, metrics))
+        else:
+            if stats is None:
+                raise ValueError(
+                    f"{self} needs the token frequencies; pass stats=sh.collect(model, batches)"
+                )
+            order = stats.frequency.argsort(descending=True, stable=True).to(weight.device)
+            head.tokens.copy_(order)
+            labels, moments = local_moments(stats, weight)
+            found = [
+                quantize_rows(Rows(weight, which), bits, head.group, (labels[which], moments))
+                for bits, which in zip(
+                    (8, self.bits), order.tensor_split([self.frequent]), strict=True
+                )
+            ]
+            head.store(*(torch.cat(part) for part in zip(*found, strict=True)))
         if head.bias is not None and bias is not None:
-            head.bias.copy_(bias)
+            head.bias.copy_(bias if order is None else bias[order])
 
 
 def quantize_rows(
-    weight: Tensor,
+    weight: Tensor | Rows,
     bits: int,
     group: int,
     metrics: tuple[Tensor, Tensor] | None,
@@ -98,6 +123,7 @@ def quantize_rows(
         (moment, mine)
         for cluster, moment in enumerate(moments)
         for mine in (labels == cluster).nonzero().flatten().split(_ROWS)
+        if len(mine)
     ]
     for moment, mine in progress(parts, f"{bits} bits"):
         rows = weight[mine].float()
@@ -130,6 +156,9 @@ def _group_scales(weight: Tensor, importance: Tensor, bits: int, group: int) -> 
 class QuantizedHead(CompiledHead):
     """`weight` holds the scales `(V, D / group)`, which train; the codes are packed into bytes.
 
+    With `frequent` tokens in 8 bits these have the first rows, `bytes (frequent, D)`, and `tokens (V,)` says whose each
+    row is.
+
     `repair_head` trains the codes too. With one scale per row a kernel decodes from the packed codes. Codes of 8 bits,
     and all where no kernel may be used, are multiplied by torch's own oneDNN operator, which keeps a second copy of
     them in its own order, a byte each: faster than the kernel for 8 bits, fewer bits read no less.
@@ -138,13 +167,25 @@ class QuantizedHead(CompiledHead):
     kernel = "quantized"
     code_lr = 1e-2
 
-    def __init__(self, dim: int, vocab: int, bits: int, group: int, *, bias: bool):
+    def __init__(
+        self, dim: int, vocab: int, bits: int, group: int, *, bias: bool, frequent: int = 0
+    ):
         super().__init__(dim, vocab, bias=bias)
-        self.bits, self.group = bits, group
+        self.bits, self.group, self.frequent = bits, group, frequent
         self.weight = nn.Parameter(torch.empty(vocab, dim // group))
         for width in PARTS[bits]:
-            size = -(-dim * width // 8)
-            self.register_buffer(f"codes{width}", torch.zeros(vocab, size, dtype=torch.uint8))
+            shape = vocab - frequent, -(-dim * width // 8)
+            self.register_buffer(f"codes{width}", torch.zeros(shape, dtype=torch.uint8))
+        self.bytes: Tensor | None
+        self.tokens: Tensor | None
+        empty = torch.zeros(frequent, dim, dtype=torch.uint8) if frequent else None
+        self.register_buffer("bytes", empty)
+        order = torch.arange(vocab).to(index_dtype(vocab)) if frequent else None
+        self.register_buffer("tokens", order)
+
+    def order(self) -> Tensor | None:
+        tokens = self.tokens
+        return None if tokens is None else self._derived("order", tokens.long, tokens)
 
     def packed(self) -> list[Tensor]:
         return [getattr(self, f"codes{width}") for width in PARTS[self.bits]]
@@ -155,23 +196,39 @@ class QuantizedHead(CompiledHead):
         self.pack(codes)
 
     def unpacked(self) -> Tensor:
-        return unpack_bits(self.packed(), self.bits, self.in_features)
+        codes = unpack_bits(self.packed(), self.bits, self.in_features)
+        return codes if self.bytes is None else torch.cat([self.bytes, codes])
 
     def pack(self, codes: Tensor) -> None:
+        if self.bytes is not None:
+            self.bytes.copy_(codes[: self.frequent].clamp_max(255))
+        codes = codes[self.frequent :]
         for which in blocks(len(codes)):
             part = codes[which].clamp_max(2**self.bits - 1).to(torch.uint8)
             for packed, new in zip(self.packed(), pack_bits(part, self.bits), strict=True):
                 packed[which] = new
 
     def rows(self, which: slice | Tensor) -> Tensor:
-        if self.latent is None:
-            codes = unpack_bits([p[which] for p in self.packed()], self.bits, self.in_features)
-        else:
-            codes = round_through(self.latent[which], 2**self.bits - 1)
+        codes, last = self._codes(which)
+        if self.latent is not None:
+            codes = round_through(self.latent[which], last)
         scale = self.weight[which]
-        centred = codes.to(scale.dtype) - (2**self.bits - 1) / 2
+        centred = codes.to(scale.dtype) - last / 2
         rows: Tensor = centred.view(len(scale), -1, self.group) * scale.unsqueeze(-1)
         return rows.flatten(1)
+
+    def _codes(self, which: slice | Tensor) -> tuple[Tensor, Tensor | float]:
+        """Codes of some rows, `(n, D)` uint8, and the largest that there can be, for all or `(n, 1)`."""
+        last = 2.0**self.bits - 1
+        if self.bytes is None:
+            parts = [p[which] for p in self.packed()]
+            return unpack_bits(parts, self.bits, self.in_features), last
+        places = torch.arange(self.out_features, device=self.bytes.device)[which]
+        inside = places < self.frequent
+        codes = self.bytes[places.clamp_max(self.frequent - 1)]
+        parts = [p[places[~inside] - self.frequent] for p in self.packed()]
+        codes[~inside] = unpack_bits(parts, self.bits, self.in_features)
+        return codes, torch.where(inside, 255.0, last).to(self.weight.dtype).unsqueeze(1)
 
     def native(self) -> str | None:
         fits = self.group == self.in_features and self.weight.device.type in ("cpu", "meta")
@@ -183,15 +240,26 @@ class QuantizedHead(CompiledHead):
 
     def compiled(self, hidden: Tensor) -> Tensor:
         scale = self._derived("scale", lambda: self.weight.detach().float().flatten(), self.weight)
-        if self.native():
-            return int8_scores(hidden, self._derived("int8", self._bytes, *self.packed()), scale)
-        return quantized_scores(hidden, self.packed(), PARTS[self.bits], scale)
+        if self.bytes is None:
+            return self._products(hidden, self.packed(), self.bits, scale)
+        first = self._products(hidden, [self.bytes], 8, scale[: self.frequent])
+        rest = self._products(hidden, self.packed(), self.bits, scale[self.frequent :])
+        places = self.places()
+        assert places is not None
+        return torch.cat([first, rest], 1).index_select(1, places)
 
-    def _bytes(self) -> list[Tensor]:
+    def _products(self, hidden: Tensor, packed: list[Tensor], bits: int, scale: Tensor) -> Tensor:
+        if not self.native():
+            return quantized_scores(hidden, packed, PARTS[bits], scale)
+
         def rows(which: slice) -> Tensor:
-            return unpack_bits([p[which] for p in self.packed()], self.bits, self.in_features)
+            return unpack_bits([p[which] for p in packed], bits, self.in_features)
 
-        return int8_packed(rows, self.out_features, self.bits)
+        def in_bytes() -> list[Tensor]:
+            return int8_packed(rows, len(scale), bits)
+
+        name = "int8" if packed[0] is not self.bytes else "int8 of the frequent"
+        return int8_scores(hidden, self._derived(name, in_bytes, *packed), scale)
 
     def why_no_kernel(self) -> str | None:
         if self.group != self.in_features:

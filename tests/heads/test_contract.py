@@ -21,6 +21,7 @@ from tests.heads.conftest import Toy
 NAMES = sorted(variants("head"))
 COMPOSED: dict[str, HeadSpec] = {
     "low_rank in 8 bits": LowRank(8, Quantized(8)),
+    "quantized, frequent rows in 8 bits": Quantized(3, frequent=40),
     "product_vq, structured": ProductVQ(8, 16, rotation="structured"),
 }
 TRANSFORMS = {

@@ -115,8 +115,11 @@ def test_transform_coded_kernel(
 
 
 @needs_compiler
-def test_low_rank_residual_kernel(toy: Toy) -> None:
-    head = fitted(LowRankResidual(rank=2, bits=3), toy, bias=True)
+@pytest.mark.parametrize(
+    "spec", [LowRankResidual(rank=2, bits=3), Quantized(3, frequent=40)], ids=lambda s: s.name
+)
+def test_kernel_beside_other_rows(spec: HeadSpec, toy: Toy) -> None:
+    head = fitted(spec, toy, bias=True)
     exact = head.scores(toy.hidden[:5])
     head.use_kernels("require")
     assert (head.scores(toy.hidden[:5]) - exact).abs().max() < 2e-4 * exact.abs().max()

@@ -7,7 +7,7 @@ import torch
 
 from hf_softheads.heads import Quantized
 from hf_softheads.heads.packing import PARTS, pack, pack_bits, unpack, unpack_bits
-from tests.heads.conftest import Toy
+from tests.heads.conftest import Toy, fit, kl
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
@@ -69,3 +69,43 @@ def test_refuses_other_bits(bits: int) -> None:
 def test_refuses_groups_that_do_not_divide(group: int) -> None:
     with pytest.raises(ValueError, match=f"groups of {group} of 64 columns; they must divide it"):
         Quantized(group=group).check(64, 256)
+
+
+def test_frequent_rows_keep_eight_bits(toy: Toy) -> None:
+    head = fit(Quantized(3, frequent=40), toy)
+    frequent = toy.stats.frequency.argsort(descending=True, stable=True)[:40]
+    assert torch.equal(head.order()[:40], frequent)
+    error = (head.dense()[0] - toy.weight).square().mean(1)
+    rest = torch.ones(256, dtype=torch.bool)
+    rest[frequent] = False
+    assert error[frequent].mean() < 0.01 * error[rest].mean()
+    same = fit(Quantized(3), toy)
+    torch.testing.assert_close(head.dense()[0][rest], same.dense()[0][rest])
+    assert kl(head, toy) < 0.8 * kl(same, toy)
+    codes = head.unpacked()
+    head.pack(codes)
+    assert torch.equal(head.unpacked(), codes)
+    assert head.bytes.shape == (40, 16)
+
+
+def test_frequent_rows_train_through_their_codes(toy: Toy) -> None:
+    head = fit(Quantized(3, frequent=40), toy)
+    before = head(toy.hidden)
+    (latent,) = head.thaw()
+    torch.testing.assert_close(head(toy.hidden), before)
+    with torch.no_grad():
+        latent[0] += 3.2  # of a frequent token, which has 256 codes
+    trained = head(toy.hidden)
+    head.freeze()
+    torch.testing.assert_close(head(toy.hidden), trained)
+    token = int(head.order()[0])
+    others = torch.arange(256) != token
+    assert torch.equal(head(toy.hidden)[:, others], before[:, others])
+    assert not torch.equal(head(toy.hidden)[:, token], before[:, token])
+
+
+def test_refuses_more_frequent_tokens_than_there_are(toy: Toy) -> None:
+    with pytest.raises(ValueError, match=r"for 256 frequent tokens; 0 to 255 are possible"):
+        Quantized(3, frequent=256).check(16, 256)
+    with pytest.raises(ValueError, match=r"needs the token frequencies"):
+        fit(Quantized(3, frequent=40), toy, stats=False)
