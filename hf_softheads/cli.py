@@ -270,11 +270,17 @@ def _load(name: str, dtype: str) -> tuple[Any, Any]:
         return embedded.load_embedded(torch.float32 if dtype == "auto" else getattr(torch, dtype))
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        return model, AutoTokenizer.from_pretrained(name)
     except OSError as error:
         hint = did_you_mean(name, [embedded.NAME])
         raise OSError(
             f"cannot load {name!r}: {str(error).splitlines()[0]} ({hint} without a Hub)"
+        ) from error
+    try:
+        return model, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"{name!r} holds a model but no tokenizer that can be loaded; put its tokenizer there too "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -151,3 +151,10 @@ def test_empty_and_short_text(tmp_path, capsys):
     assert "the text is empty" in fails(capsys, "eval", "embedded", "--data", file)
     file.write_text("x = 1\n")
     assert "less than one window of 512" in fails(capsys, "eval", "embedded", "--data", file)
+
+
+def test_a_model_without_its_tokenizer(text, tmp_path, capsys):
+    model, _ = embedded.load_embedded()
+    model.save_pretrained(tmp_path / "bare")
+    error = fails(capsys, "eval", tmp_path / "bare", "--data", text)
+    assert "holds a model but no tokenizer" in error
