@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_softheads.heads  # noqa: F401 - registers the variants
 from hf_softheads import kmeans
-from hf_softheads.heads import LowRank, ProductVQ, Quantized, base, binary_tree, fitting, product_vq
+from hf_softheads.heads import LowRank, ProductVQ, Quantized, base, fitting, product_vq, tree_fit
 from hf_softheads.heads.base import Head, HeadSpec, LogitTransform
 from hf_softheads.registry import spec_from_dict, variants
 from tests.heads.conftest import Toy
@@ -267,7 +267,7 @@ def test_fit_takes_half_precision_a_block_at_a_time(
     middle: HeadSpec, toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fitting, "_ROWS", 96)
-    monkeypatch.setattr(binary_tree, "_LEAVES", 96)
+    monkeypatch.setattr(tree_fit, "_LEAVES", 96)
     monkeypatch.setattr(product_vq, "_ROWS", 96)
     monkeypatch.setattr(kmeans, "_BLOCK_ELEMENTS", 96 * 16)
     monkeypatch.setattr(kmeans, "_CHUNK_ELEMENTS", 96 * 32)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import hf_softheads as sh
-from hf_softheads.heads import BinaryTree, Hierarchical, Quantized, binary_tree
+from hf_softheads.heads import BinaryTree, Hierarchical, Quantized, bisection, tree_fit
 from hf_softheads.heads.base import HeadSpec, LogitTransform
-from hf_softheads.heads.binary_tree import BinaryTreeHead, bisected
+from hf_softheads.heads.binary_tree import BinaryTreeHead
+from hf_softheads.heads.bisection import bisected
 from hf_softheads.heads.hierarchical import HierarchicalHead, within_classes
 from hf_softheads.losses import NegativeSampling
 from tests.conftest import VOCAB, make_model
@@ -150,7 +151,8 @@ def test_tree_trains_without_all_scores(toy: Toy, monkeypatch: pytest.MonkeyPatc
 def test_tree_by_subtrees_is_the_same(stats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = make_toy(300, 8, states=512)  # leaves on two levels, subtrees of 3 and of 4 to 5
     whole = fit(BinaryTree(2), toy, stats=stats)
-    monkeypatch.setattr(binary_tree, "_LEAVES", 8)
+    monkeypatch.setattr(tree_fit, "_LEAVES", 8)
+    monkeypatch.setattr(bisection, "BLOCK", 8)
     head = fit(BinaryTree(2), toy, stats=stats)
     assert torch.equal(head.order, whole.order)
     hidden = toy.hidden[:64]
