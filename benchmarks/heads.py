@@ -47,6 +47,7 @@ from hf_softheads.results import provenance, write_json
 RESULTS = Path(__file__).parent / "results"
 STATES = 16_384  # held-out hidden states
 TOKENS = 131_072  # of training text for the statistics
+BASELINES = ("vq, published", "product_vq, plain", "round to nearest", "truncated SVD")
 
 
 def candidates(dim: int, vocab: int) -> list[tuple[str, Any, bool]]:
@@ -240,6 +241,7 @@ class Bench:
             "states": len(self.judge.labels),
             "dense_shape": list(self.judge.weight.shape),
             "judge": self.judge.identity(),
+            "baselines": BASELINES,
             "rows": rows,
             "provenance": self.source,
         }

@@ -17,7 +17,6 @@ from head_speed import DIM, SPECS
 from hf_softheads.plots import plot_frontiers
 
 RESULTS = Path(__file__).parent / "results"
-BASELINES = ("vq, published", "product_vq, plain", "round to nearest", "truncated SVD")
 _WORST = 3.0  # perplexity ratio still drawn
 
 
@@ -37,7 +36,7 @@ def main() -> None:
     found = json.loads((RESULTS / "heads.json").read_text())
     speed = json.loads((RESULTS / "head_speed.json").read_text())["speed"]["batch 1"]
     rows = [
-        {**row, "baseline": row["variant"] in BASELINES}
+        {**row, "baseline": row["variant"] in found["baselines"]}
         for row in found["rows"]
         if row["ratio"] < _WORST
     ]

@@ -71,12 +71,10 @@ def speed_table() -> str:
     )
 
 
-_BASELINES = ("round to nearest", "product_vq, plain", "truncated SVD", "vq, published")
-
-
 def frontier_table() -> str:
     """The best head within each budget beside the best plain baseline of the same run, from `heads.json`."""
     found = _results("heads")
+    baselines = found["baselines"]
     table = Table(
         [
             "bits a weight, all in",
@@ -90,8 +88,8 @@ def frontier_table() -> str:
     rows = [row for row in found["rows"] if row["variant"] != "screened"]  # it keeps the exact rows
     for budget in (1.1, 2.25, 3.25, 4.5, 8.1):
         inside = [row for row in rows if row["bits"] <= budget]
-        best = min((r for r in inside if r["variant"] not in _BASELINES), key=lambda r: r["ratio"])
-        plain = min((r for r in inside if r["variant"] in _BASELINES), key=lambda r: r["ratio"])
+        best = min((r for r in inside if r["variant"] not in baselines), key=lambda r: r["ratio"])
+        plain = min((r for r in inside if r["variant"] in baselines), key=lambda r: r["ratio"])
         table.add(
             f"≤ {budget}",
             f"{best['variant']} ({best['bits']:.2f})",
