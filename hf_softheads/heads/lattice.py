@@ -80,8 +80,8 @@ class Lattice(HeadSpec, name="lattice"):
         ]
         size = None
         for cluster, mine in progress(parts, "lattice"):
-            moment = head.turned(head.turned(moments[cluster]).T)
-            rest = head.turned(weight[mine].float())
+            moment = head.prepare(head.prepare(moments[cluster]).T)
+            rest = head.prepare(weight[mine].float())
             rows = rest.clone()
             found = torch.zeros_like(rest)
             for stage in range(self.stages):
@@ -196,12 +196,8 @@ class LatticeHead(RowsHead):
         self.register_buffer("shapes", torch.zeros(size, dtype=torch.uint8))
         self.register_buffer("signs_of", torch.zeros(size, dtype=torch.uint8))
 
-    def turned(self, values: Tensor) -> Tensor:
-        """`values (…, D)` in the coordinates of the codes."""
-        return signed_hadamard(values, self.signs)
-
     def prepare(self, hidden: Tensor) -> Tensor:
-        return self.turned(hidden)
+        return signed_hadamard(hidden, self.signs)
 
     def rows(self, which: slice | Tensor) -> Tensor:
         scale = self.weight[which]

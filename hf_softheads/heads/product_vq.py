@@ -72,6 +72,12 @@ class ProductVQ(HeadSpec, name="product_vq"):
                 f"a power of two from 2 to {min(256, vocab)} is possible"
             )
 
+        if self.rotation == "structured" and dim % 2:
+            raise ValueError(
+                f"product_vq asked for a structured rotation of {dim} columns; it turns blocks of a power of two that "
+                "divides them, here 1, and so nothing: use learned or none"
+            )
+
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> ProductVQHead:
         return ProductVQHead(dim, vocab, self.groups, self.codes, bias=bias, rotation=self.rotation)
 
@@ -94,12 +100,12 @@ class ProductVQ(HeadSpec, name="product_vq"):
             rotation = _balanced_rotation(moment, self.groups)
             head.basis.copy_(rotation.T @ inverse.float())
             forward = (root.float() @ rotation).to(weight.device)
-        spread = head.turned(
+        spread = head.prepare(
             root.T.to(weight.device)
         ).T  # of the states, in the coordinates of the codes
 
         def coordinates(rows: Tensor, columns: slice = slice(None)) -> Tensor:
-            return head.turned(rows)[:, columns] if forward is None else rows @ forward[:, columns]
+            return head.prepare(rows)[:, columns] if forward is None else rows @ forward[:, columns]
 
         train = importance.topk(min(vocab, _FITTED_ROWS)).indices.sort().values
         codes = torch.empty(vocab, self.groups, dtype=torch.uint8, device=weight.device)
@@ -159,7 +165,7 @@ def _refine(
             books = recentre(code, slope, books, head.parts, whole, share[train])
         head.weight.copy_(books)
     labels, moments = local_moments(stats, weight)
-    turned = (head.turned(head.turned(moment).T) for moment in moments)
+    turned = (head.prepare(head.prepare(moment).T) for moment in moments)
     settle(codes, books, head.parts, wanted, labels, turned)
 
 
@@ -217,18 +223,15 @@ class ProductVQHead(CompiledHead):
         return [getattr(self, f"codes{width}") for width in PARTS[self.bits]]
 
     def prepare(self, hidden: Tensor) -> Tensor:
-        return self.turned(hidden) if self.basis is None else F.linear(hidden, self.basis)
-
-    def turned(self, states: Tensor) -> Tensor:
-        """`R h` of `(…, D)` in their own dtype."""
+        """`R h`, in the dtype of the states: the fit turns moments in fp64."""
         if self.basis is not None:
-            return states @ self.basis.detach().to(states.dtype).T
-        return states if self.signs is None else signed_hadamard(states, self.signs)
+            return F.linear(hidden, self.basis.to(hidden.dtype))
+        return hidden if self.signs is None else signed_hadamard(hidden, self.signs)
 
     def additive(self) -> Additive:
         basis: Tensor | None = self.basis
         if self.signs is not None:
-            basis = self.turned(torch.eye(self.in_features, device=self.weight.device)).T
+            basis = self.prepare(torch.eye(self.in_features, device=self.weight.device)).T
         return Additive(self.code_table()[0], self.weight, self.parts, basis, self.store)
 
     @property

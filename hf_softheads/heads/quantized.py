@@ -209,26 +209,34 @@ class QuantizedHead(CompiledHead):
                 packed[which] = new
 
     def rows(self, which: slice | Tensor) -> Tensor:
-        codes, last = self._codes(which)
-        if self.latent is not None:
-            codes = round_through(self.latent[which], last)
+        last = self._last(which)
+        codes = (
+            self._codes(which) if self.latent is None else round_through(self.latent[which], last)
+        )
         scale = self.weight[which]
         centred = codes.to(scale.dtype) - last / 2
         rows: Tensor = centred.view(len(scale), -1, self.group) * scale.unsqueeze(-1)
         return rows.flatten(1)
 
-    def _codes(self, which: slice | Tensor) -> tuple[Tensor, Tensor | float]:
-        """Codes of some rows, `(n, D)` uint8, and the largest that there can be, for all or `(n, 1)`."""
+    def _last(self, which: slice | Tensor) -> Tensor | float:
+        """The largest code that there can be, for all rows or for each of some, `(n, 1)`."""
         last = 2.0**self.bits - 1
         if self.bytes is None:
-            parts = [p[which] for p in self.packed()]
-            return unpack_bits(parts, self.bits, self.in_features), last
+            return last
+        places = torch.arange(self.out_features, device=self.bytes.device)[which]
+        found = torch.where(places < self.frequent, 255.0, last)
+        return found.to(self.weight.dtype).unsqueeze(1)
+
+    def _codes(self, which: slice | Tensor) -> Tensor:
+        """Codes of some rows, `(n, D)` uint8."""
+        if self.bytes is None:
+            return unpack_bits([p[which] for p in self.packed()], self.bits, self.in_features)
         places = torch.arange(self.out_features, device=self.bytes.device)[which]
         inside = places < self.frequent
         codes = self.bytes[places.clamp_max(self.frequent - 1)]
         parts = [p[places[~inside] - self.frequent] for p in self.packed()]
         codes[~inside] = unpack_bits(parts, self.bits, self.in_features)
-        return codes, torch.where(inside, 255.0, last).to(self.weight.dtype).unsqueeze(1)
+        return codes
 
     def native(self) -> str | None:
         fits = self.group == self.in_features and self.weight.device.type in ("cpu", "meta")

@@ -93,3 +93,8 @@ def test_structured_rotation_gives_skewed_columns_their_share() -> None:
     ]
     assert losses[0] < losses[1]
     assert ProductVQ(4, 16, rotation="structured").module(16, 256).n_parameters == 4 * 16 * 4
+
+
+def test_refuses_a_structured_rotation_that_turns_nothing() -> None:
+    with pytest.raises(ValueError, match=r"structured rotation of 7 columns.*use learned or none"):
+        ProductVQ(7, 16, "structured").check(7, 256)
