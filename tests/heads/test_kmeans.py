@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_softheads import kmeans as module
-from hf_softheads.kmeans import kmeans, nearest
+from hf_softheads.kmeans import Rows, kmeans, nearest
 
 
 def blobs(points: int, dim: int, centers: int, seed: int = 0) -> torch.Tensor:
@@ -103,3 +103,21 @@ def test_refuses_impossible_numbers(clusters: int) -> None:
 def test_refuses_negative_weights() -> None:
     with pytest.raises(ValueError, match="at least 0"):
         kmeans(torch.rand(10, 3), 2, weights=torch.full((10,), -1.0))
+
+
+def test_rows_of_a_matrix_are_gathered_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, which = blobs(600, 4, 5), torch.arange(0, 600, 2)
+    wanted = kmeans(matrix[which], 12)
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 4 * 40)
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 12 * 40)
+    gathered = []
+
+    class Watched(Rows):
+        def __getitem__(self, some: slice | torch.Tensor) -> torch.Tensor:
+            gathered.append(len(found := super().__getitem__(some)))
+            return found
+
+    found = kmeans(Watched(matrix, which), 12)
+    assert torch.equal(found.labels, wanted.labels)
+    torch.testing.assert_close(found.centers, wanted.centers)
+    assert max(gathered) <= 40
