@@ -71,7 +71,6 @@ class ProductVQ(HeadSpec, name="product_vq"):
                 f"product_vq asked for {self.codes} codes a group; "
                 f"a power of two from 2 to {min(256, vocab)} is possible"
             )
-
         if self.rotation == "structured" and dim % 2:
             raise ValueError(
                 f"product_vq asked for a structured rotation of {dim} columns; it turns blocks of a power of two that "
@@ -100,9 +99,9 @@ class ProductVQ(HeadSpec, name="product_vq"):
             rotation = _balanced_rotation(moment, self.groups)
             head.basis.copy_(rotation.T @ inverse.float())
             forward = (root.float() @ rotation).to(weight.device)
-        spread = head.prepare(
-            root.T.to(weight.device)
-        ).T  # of the states, in the coordinates of the codes
+        spread = None  # of the states, in the coordinates of the codes, where it is not 1
+        if forward is None:
+            spread = head.prepare(root.T.to(weight.device)).T
 
         def coordinates(rows: Tensor, columns: slice = slice(None)) -> Tensor:
             return head.prepare(rows)[:, columns] if forward is None else rows @ forward[:, columns]
@@ -112,8 +111,8 @@ class ProductVQ(HeadSpec, name="product_vq"):
         width = dim // self.groups
         parts = enumerate(_parts(weight, coordinates, width))
         for group, points in progress(parts, "groups", self.groups):
-            metric = None  # whitened by a learned rotation
-            if forward is None:  # the part of the metric that lies within the group
+            metric = None
+            if spread is not None:  # the part of the metric that lies within the group
                 own = spread[group * width : (group + 1) * width].float()
                 metric = torch.linalg.cholesky(own @ own.T)
             found = kmeans(
@@ -122,7 +121,7 @@ class ProductVQ(HeadSpec, name="product_vq"):
             head.weight[group] = found.centers
             codes[:, group] = nearest(points, found.centers, metric=metric)[0].to(torch.uint8)
         if stats is not None:
-            whole = None if forward is not None else (spread @ spread.T).float()
+            whole = None if spread is None else (spread @ spread.T).float()
             _refine(head, weight, codes, stats, train, coordinates, whole)
         head.store(codes)
         if head.bias is not None and bias is not None:
