@@ -10,29 +10,87 @@
 
 namespace {
 
-constexpr int64_t TILE = 64, AHEAD = 4096;  // rows; bytes brought near
+constexpr int64_t TILE = 64, AHEAD = 16384;  // rows; bytes brought near
 
-// Rounded states as `products` meets them: [pair of states][word][place][state of the pair][4 high, 4 low].
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+constexpr int64_t LOOKED_UP = 2;  // codes up to so many bits are looked up, half a byte at a time
+#else
+constexpr int64_t LOOKED_UP = 0;
+#endif
+
+// Rounded states as `products` meets them: integers that are multiplied, [pair of states][word][place][state of the
+// pair][4 high, 4 low], or, for narrow codes, their products with all that half a byte can hold, less the smallest of
+// them: [state][word][first half: high, low bytes; second half: high, low bytes][byte of the word][16].
 struct States {
     int64_t batch, words;
-    std::vector<int8_t> halves;
+    Lines bytes;
+    std::vector<float> step;    // value of an integer, of each state
+    std::vector<int32_t> base;  // sum of the smallest products
 
-    // The rounded columns meet the first codes of a row; the codes after them count nothing.
-    States(const Rounded& x, int64_t words, int64_t width)
-        : batch(x.batch), words(words), halves(x.batch * words * 8 / width * 8) {
+    // x(b, column); the columns meet the first codes of a row, the codes after them count nothing.
+    template <class X>
+    States(int64_t batch, int64_t columns, int64_t words, int64_t width, X x)
+        : batch(batch), words(words), bytes(batch * words * (width <= LOOKED_UP ? 256 : 64 / width)), step(batch), base(batch) {
+        if (width > LOOKED_UP) split(columns, width, x);
+        else if (width == 2) tabulate<2>(columns, x);
+        else tabulate<1>(columns, x);
+    }
+
+    const int8_t* at(int64_t first, int64_t width) const { return bytes.data<int8_t>() + first * words * (64 / width); }
+    const uint8_t* tables(int64_t b) const { return bytes.data() + b * words * 256; }
+
+private:
+    template <class X>
+    void split(int64_t columns, int64_t width, X x) {
+        const Rounded rounded(batch, columns, x);
         const int64_t places = 8 / width;
+        step = rounded.step;
         for (int64_t b = 0; b < batch; ++b) {
             const int64_t first = b / 2 * 2, size = std::min<int64_t>(2, batch - first);
-            int8_t* to = halves.data() + (first * words * places + (b - first)) * 8;
-            for (int64_t j = 0; j < x.columns; ++j) {
+            int8_t* to = bytes.data<int8_t>() + (first * words * places + (b - first)) * 8;
+            for (int64_t j = 0; j < columns; ++j) {
                 const int64_t byte = j / places, place = j % places;
                 int8_t* here = to + ((byte / 4) * places + place) * size * 8 + byte % 4;
-                here[0] = x.high[b * x.columns + j];
-                here[4] = x.low[b * x.columns + j];
+                here[0] = rounded.high[b * columns + j];
+                here[4] = rounded.low[b * columns + j];
             }
         }
     }
-    const int8_t* at(int64_t first) const { return halves.data() + first * (static_cast<int64_t>(halves.size()) / batch); }
+
+    template <int WIDTH, class X>
+    void tabulate(int64_t columns, X x) {
+        constexpr int64_t size = 4 / WIDTH;  // columns in half a byte
+        constexpr int32_t mask = (1 << WIDTH) - 1;
+        const int64_t halves = words * 8;
+        std::vector<float> values(halves * size);
+        for (int64_t b = 0; b < batch; ++b) {
+            for (int64_t j = 0; j < columns; ++j) values[j] = x(b, j);
+            float widest = 0;
+            for (int64_t n = 0; n < halves; ++n) {
+                float width = 0;
+                EACH(k, size) width += std::fabs(values[n * size + k]);
+                widest = std::max(widest, width);
+            }
+            // entries fit 16 bits: each of at most 12 products of a half may be rounded up by a half
+            step[b] = widest > 0 ? widest * mask / 65520.0f : 1.0f;
+            const float inverse = 1 / step[b];
+            for (int64_t n = 0; n < halves; ++n) {
+                int32_t value[size], smallest = 0;
+                EACH(k, size) {
+                    value[k] = static_cast<int32_t>(std::lrintf(values[n * size + k] * inverse));
+                    smallest += std::min(0, value[k] * mask);
+                }
+                base[b] += smallest;
+                uint8_t* to = bytes.data() + (b * words + n / 8) * 256 + n % 2 * 128 + n % 8 / 2 * 16;
+                EACH(c, 16) {
+                    int32_t entry = -smallest;
+                    EACH(k, size) entry += value[k] * (c >> (k * WIDTH) & mask);
+                    to[c] = static_cast<uint8_t>(entry >> 8);
+                    to[64 + c] = static_cast<uint8_t>(entry);
+                }
+            }
+        }
+    }
 };
 
 // sum[s][row] = Σ codes * integers of state s, `SIZE` states at once.
@@ -111,15 +169,55 @@ void products_in_place(const uint8_t* tile, int64_t words, const int8_t* x, floa
 
 #endif
 
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+
+// sum[s][row] = Σ entries of the tables of state s for the halves of a row's bytes, `SIZE` states at once.
+template <int SIZE>
+void look_up(const uint8_t* tile, const States& x, int64_t first, float* sum) {
+    const Words mask = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1), part = _mm512_set1_epi32(0x30201000);
+    Words high[SIZE][4], low[SIZE][4];
+    EACH(s, SIZE) EACH(v, 4) {
+        low[s][v] = _mm512_set1_epi32(x.base[first + s]);
+        high[s][v] = zero();
+    }
+    for (int64_t i = 0; i < x.words; ++i, tile += TILE * 4) {
+        if (first == 0) EACH(v, 4) __builtin_prefetch(tile + AHEAD + v * 64);
+        Words table[SIZE][4];
+        EACH(s, SIZE) EACH(k, 4) table[s][k] = load(x.tables(first + s) + i * 256 + k * 64);
+        EACH(v, 4) {
+            const Words packed = load(tile + v * 64);
+            EACH(half, 2) {
+                const Words here = half ? _mm512_srli_epi16(packed, 4) : packed;
+                const Words index = _mm512_ternarylogic_epi32(here, mask, part, 0xEA);  // (here & mask) | part
+                EACH(s, SIZE) {
+                    high[s][v] = dot<8>(high[s][v], _mm512_permutexvar_epi8(index, table[s][2 * half]), ones);
+                    low[s][v] = dot<8>(low[s][v], _mm512_permutexvar_epi8(index, table[s][2 * half + 1]), ones);
+                }
+            }
+        }
+    }
+    EACH(s, SIZE) EACH(v, 4)
+        _mm512_storeu_ps(sum + s * TILE + v * 16, _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[s][v], 8), low[s][v])));
+}
+
+#endif
+
 template <int WIDTH>
 void products(const uint8_t* tile, const States& x, float* sum) {
+    int64_t b = 0;
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+    if constexpr (WIDTH <= LOOKED_UP) {
+        for (; b + 2 <= x.batch; b += 2) look_up<2>(tile, x, b, sum + b * TILE);
+        if (b < x.batch) look_up<1>(tile, x, b, sum + b * TILE);
+        return;
+    }
+#endif
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
     if constexpr (WIDTH < 8)
-        if (x.batch == 1) return products_in_place<WIDTH>(tile, x.words, x.at(0), sum);
+        if (x.batch == 1) return products_in_place<WIDTH>(tile, x.words, x.at(0, WIDTH), sum);
 #endif
-    int64_t b = 0;
-    for (; b + 2 <= x.batch; b += 2) products<WIDTH, 2>(tile, x.words, x.at(b), sum + b * TILE);
-    if (b < x.batch) products<WIDTH, 1>(tile, x.words, x.at(b), sum + b * TILE);
+    for (; b + 2 <= x.batch; b += 2) products<WIDTH, 2>(tile, x.words, x.at(b, WIDTH), sum + b * TILE);
+    if (b < x.batch) products<WIDTH, 1>(tile, x.words, x.at(b, WIDTH), sum + b * TILE);
 }
 
 // sum[b][row], b < x.batch, row < TILE.

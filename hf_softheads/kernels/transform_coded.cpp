@@ -3,6 +3,7 @@
 // A tier's columns come in planes of equal width, in tiles of tiles.hpp, all planes of a tile one after another: memory
 // is read once and in order. Each plane rounds its own columns of scale_t * x, so that fine columns keep their precision.
 
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -12,7 +13,7 @@
 namespace {
 
 struct Plane {
-    int64_t tier, width, shift, columns;
+    int64_t width, shift, columns;
     const int32_t* column;
     int64_t words() const { return (columns * width + 31) / 32; }
 };
@@ -20,11 +21,9 @@ struct Plane {
 struct Tier {
     int64_t start, rows;
     const uint8_t* tiles;
-    int64_t size = 0;  // bytes of a tile
-    std::vector<Plane> planes;
-    std::vector<States> states;
-    std::vector<float> factors;  // [plane][b]
-    std::vector<float> shift;    // sum_j offset_tj x[b][j]
+    int64_t begin, end;        // of its planes
+    int64_t size;              // bytes of a tile
+    std::vector<float> shift;  // sum_j offset_tj x[b][j]
 };
 
 }  // namespace
@@ -40,27 +39,31 @@ extern "C" void transform_coded_scores(const uint8_t* tiles, const int64_t* tier
                                        const int32_t* token, const float* base, int64_t vocab, float* out,
                                        int64_t threads) {
     std::vector<Tier> all;
-    for (int64_t t = 0; t < n_tiers; ++t) all.push_back({tiers[3 * t], tiers[3 * t + 1], tiles + tiers[3 * t + 2]});
-    for (int64_t i = 0; i < n_planes; ++i) {
-        all[planes[4 * i]].planes.push_back({planes[4 * i], planes[4 * i + 1], planes[4 * i + 2], planes[4 * i + 3], columns});
-        columns += planes[4 * i + 3];
+    std::vector<Plane> every;
+    for (int64_t t = 0, i = 0; t < n_tiers; ++t) {
+        Tier tier{tiers[3 * t], tiers[3 * t + 1], tiles + tiers[3 * t + 2], i, i, 0, {}};
+        for (; i < n_planes && planes[4 * i] == t; tier.end = ++i) {
+            every.push_back({planes[4 * i + 1], planes[4 * i + 2], planes[4 * i + 3], columns});
+            columns += planes[4 * i + 3];
+            tier.size += every.back().words() * TILE * 4;
+        }
+        all.push_back(std::move(tier));
     }
-    share(n_tiers, 1, threads, [&](int64_t t, int64_t) {
-        Tier& tier = all[t];
-        for (int64_t b = 0; b < batch; ++b) {
-            double sum = 0;
-            for (int64_t j = 0; j < dim; ++j) sum += double(offset[t * dim + j]) * x[b * dim + j];
-            tier.shift.push_back(static_cast<float>(sum));
+    std::vector<std::optional<States>> states(n_planes);
+    share(n_tiers + n_planes, 1, threads, [&](int64_t job, int64_t) {
+        if (job >= n_planes) {
+            const int64_t t = job - n_planes;
+            for (int64_t b = 0; b < batch; ++b) {
+                double sum = 0;
+                for (int64_t j = 0; j < dim; ++j) sum += double(offset[t * dim + j]) * x[b * dim + j];
+                all[t].shift.push_back(static_cast<float>(sum));
+            }
+            return;
         }
-        for (const Plane& p : tier.planes) {
-            const Rounded rounded(batch, p.columns, [&](int64_t b, int64_t j) {
-                return scale[t * dim + p.column[j]] * x[b * dim + p.column[j]];
-            });
-            tier.states.emplace_back(rounded, p.words(), p.width);
-            for (int64_t b = 0; b < batch; ++b)
-                tier.factors.push_back(rounded.step[b] * static_cast<float>(1 << p.shift));
-            tier.size += p.words() * TILE * 4;
-        }
+        const Plane& p = every[job];
+        const float* own = scale + planes[4 * job] * dim;
+        states[job].emplace(batch, p.columns, p.words(), p.width,
+                            [&](int64_t b, int64_t j) { return own[p.column[j]] * x[b * dim + p.column[j]]; });
     });
     std::vector<std::pair<const Tier*, int64_t>> jobs;  // a tile each
     for (const Tier& tier : all)
@@ -71,13 +74,13 @@ extern "C" void transform_coded_scores(const uint8_t* tiles, const int64_t* tier
             const Tier& tier = *jobs[job].first;
             const uint8_t* tile = tier.tiles + jobs[job].second * tier.size;
             for (int64_t b = 0; b < batch; ++b) std::fill_n(sum.data() + b * TILE, TILE, tier.shift[b]);
-            for (size_t i = 0; i < tier.states.size(); ++i) {
-                products(tier.planes[i].width, tile, tier.states[i], part.data());
+            for (int64_t i = tier.begin; i < tier.end; ++i) {
+                products(every[i].width, tile, *states[i], part.data());
                 for (int64_t b = 0; b < batch; ++b) {
-                    const float factor = tier.factors[i * batch + b];
+                    const float factor = states[i]->step[b] * static_cast<float>(1 << every[i].shift);
                     for (int64_t r = 0; r < TILE; ++r) sum[b * TILE + r] += factor * part[b * TILE + r];
                 }
-                tile += tier.states[i].words * TILE * 4;
+                tile += states[i]->words * TILE * 4;
             }
             const int64_t first = tier.start + jobs[job].second * TILE;
             const int64_t count = std::min(TILE, tier.start + tier.rows - first);
