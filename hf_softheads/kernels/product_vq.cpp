@@ -7,22 +7,27 @@
 // Codes come in tiles of 256 tokens: [tile][group][token] of a byte each, or, where codes have at most 4 bits, two
 // groups in a byte, the first in its low half.
 
-#include <cmath>
-#include <cstring>
+#include <numeric>
 #include <vector>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 #include "threads.hpp"
+#include "vector.hpp"
 
 namespace {
 
-constexpr int64_t TILE = 256, BLOCK = 32;
+constexpr int64_t TILE = 512, BLOCK = 32, AHEAD = 16384;
+
+#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
+constexpr int64_t REGISTERS = 256;  // entries of the largest table that is looked up in registers
+#elif defined(__AVX2__)
+constexpr int64_t REGISTERS = 16;
+#else
+constexpr int64_t REGISTERS = 0;
+#endif
 
 struct Tables {
     int64_t batch, groups, entries, blocks;
-    std::vector<float> sums;        // [b][group][entry], the smallest entry of each table subtracted
+    std::vector<float> sums;        // [b][group][entry], the smallest entry of each table subtracted; or
     std::vector<uint8_t> rounded;   // the same in steps
     std::vector<float> step, base;  // [b][block]; [b]
 
@@ -30,39 +35,38 @@ struct Tables {
     Tables(const float* books, const float* x, int64_t batch, int64_t groups, int64_t codes, int64_t width,
            int64_t entries, int64_t threads)
         : batch(batch), groups(groups), entries(entries), blocks((groups + BLOCK - 1) / BLOCK),
-          sums(batch * groups * entries), rounded(sums.size() + 64), step(batch * blocks), base(batch) {
-        std::vector<float> smallest(batch * groups), largest(batch * groups);
-        share(groups, 16, threads, [&](int64_t begin, int64_t end) {
-            for (int64_t g = begin; g < end; ++g)
-                for (int64_t b = 0; b < batch; ++b) {
-                    float* to = sums.data() + (b * groups + g) * entries;
+          sums(entries > REGISTERS ? batch * groups * entries : 0),
+          rounded(entries > REGISTERS ? 0 : batch * groups * entries + 64), step(batch * blocks), base(batch) {
+        std::vector<float> smallest(batch * groups);
+        share(blocks, 1, threads, [&](int64_t block, int64_t) {
+            const int64_t first = block * BLOCK, last = std::min(groups, first + BLOCK);
+            std::vector<float> room(sums.empty() ? BLOCK * entries : 0);
+            for (int64_t b = 0; b < batch; ++b) {
+                float* block_sums = sums.empty() ? room.data() : sums.data() + (b * groups + first) * entries;
+                float widest = 0;
+                for (int64_t g = first; g < last; ++g) {
+                    float* to = block_sums + (g - first) * entries;
+                    std::fill_n(to, codes, 0.0f);
                     for (int64_t d = 0; d < width; ++d) {
                         const float value = x[(b * groups + g) * width + d];
                         const float* from = books + (g * width + d) * codes;
                         for (int64_t c = 0; c < codes; ++c) to[c] += value * from[c];
                     }
-                    const float low = *std::min_element(to, to + codes), high = *std::max_element(to, to + codes);
+                    const float low = minimum(to, codes);
                     for (int64_t c = 0; c < codes; ++c) to[c] -= low;
                     smallest[b * groups + g] = low;
-                    largest[b * groups + g] = high - low;
+                    widest = std::max(widest, maximum(to, codes));
                 }
-        });
-        for (int64_t b = 0; b < batch; ++b) {
-            double total = 0;
-            for (int64_t g = 0; g < groups; ++g) {
-                total += smallest[b * groups + g];
-                step[b * blocks + g / BLOCK] = std::max(step[b * blocks + g / BLOCK], largest[b * groups + g] / 255);
-            }
-            base[b] = static_cast<float>(total);
-            for (int64_t k = 0; k < blocks; ++k) {
-                float& s = step[b * blocks + k];
-                if (s == 0) s = 1;
-                const int64_t first = (b * groups + k * BLOCK) * entries;
-                const int64_t last = (b * groups + std::min(groups, (k + 1) * BLOCK)) * entries;
+                float& s = step[b * blocks + block];
+                s = widest > 0 ? widest / 255 : 1;
+                if (rounded.empty()) continue;
                 const float inverse = 1 / s;
-                for (int64_t i = first; i < last; ++i) rounded[i] = static_cast<uint8_t>(sums[i] * inverse + 0.5f);
+                uint8_t* to = rounded.data() + (b * groups + first) * entries;
+                for (int64_t i = 0; i < (last - first) * entries; ++i) to[i] = static_cast<uint8_t>(block_sums[i] * inverse + 0.5f);
             }
-        }
+        });
+        for (int64_t b = 0; b < batch; ++b)
+            base[b] = static_cast<float>(std::accumulate(smallest.begin() + b * groups, smallest.begin() + (b + 1) * groups, 0.0));
     }
 };
 
@@ -103,32 +107,34 @@ inline void flush(__m512i even, __m512i odd, float step, float* total) {  // 64 
 }
 
 void scan(const Tables& t, int64_t b, const uint8_t* tile, bool halves, int64_t first, int64_t last, float* total) {
-    __m512i even[4] = {}, odd[4] = {};
+    __m512i even[8] = {}, odd[8] = {};
     for (int64_t g = first; g < last; ++g) {
         const uint8_t* table = t.rounded.data() + (b * t.groups + g) * t.entries;
         if (halves) {
             const __m512i sixteen = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
             const uint8_t* codes = tile + g / 2 * TILE;
             const int shift = g % 2 * 4;
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; ++i) {
                 const __m512i c = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(codes + 64 * i), shift), _mm512_set1_epi8(15));
+                if (shift) __builtin_prefetch(codes + 64 * i + AHEAD);
                 add(even[i], odd[i], _mm512_shuffle_epi8(sixteen, c));
             }
         } else {
             const __m512i p = _mm512_loadu_si512(table), q = _mm512_loadu_si512(table + 64);
             const __m512i r = _mm512_loadu_si512(table + 128), s = _mm512_loadu_si512(table + 192);
             const uint8_t* codes = tile + g * TILE;
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; ++i) {
                 const __m512i c = _mm512_loadu_si512(codes + 64 * i);
+                __builtin_prefetch(codes + 64 * i + AHEAD);
                 const __m512i below = _mm512_permutex2var_epi8(p, c, q), above = _mm512_permutex2var_epi8(r, c, s);
                 add(even[i], odd[i], _mm512_mask_mov_epi8(below, _mm512_movepi8_mask(c), above));
             }
         }
     }
     const float step = t.step[b * t.blocks + first / BLOCK];
-    for (int i = 0; i < 4; ++i) flush(even[i], odd[i], step, total + 64 * i);
+    for (int i = 0; i < 8; ++i) flush(even[i], odd[i], step, total + 64 * i);
 }
 
 #elif defined(__AVX2__)

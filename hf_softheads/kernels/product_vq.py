@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_softheads.heads.packing import pack
-from hf_softheads.kernels import load
+from hf_softheads.kernels import in_large_pages, load
 
-_TILE = 256  # tokens, as in product_vq.cpp
+_TILE = 512  # tokens, as in product_vq.cpp
 
 
 def make_tiles(codes: Tensor, n_codes: int) -> Tensor:
@@ -18,7 +18,7 @@ def make_tiles(codes: Tensor, n_codes: int) -> Tensor:
     if n_codes <= 16:
         codes = pack(codes, 4)
     filled = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % _TILE))
-    return filled.view(-1, _TILE, codes.shape[1]).transpose(1, 2).contiguous()
+    return in_large_pages(filled.view(-1, _TILE, codes.shape[1]).transpose(1, 2))
 
 
 def product_vq_scores(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.heads.packing import pack, unpack
-from hf_softheads.kernels import load
+from hf_softheads.kernels import in_large_pages, load
 
 _TILE = 64  # rows, as in tiles.hpp
 _ROWS = 8192  # brought into order at once
@@ -52,7 +52,7 @@ def make_tiles(
                 parts.append(torch.cat(cut, 1).flatten())
                 size += parts[-1].numel()
     return Tiles(
-        torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8),
+        in_large_pages(torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8)),
         torch.tensor(spans),
         torch.tensor(kinds).view(-1, 4),
         torch.cat(columns) if columns else torch.zeros(0, dtype=torch.int32),

@@ -126,6 +126,14 @@ inline float maximum(const float* z, int64_t n) {
     return best;
 }
 
+inline float minimum(const float* z, int64_t n) {
+    vf a = all(INFINITY);
+    each(n, [&](int64_t i) { a = smaller(lanes(n - i) ? load(z + i) : all(INFINITY), a); });
+    float best = a[0];
+    for (int i = 1; i < W; ++i) best = std::min(best, a[i]);
+    return best;
+}
+
 // -- functions of a vector, right to about one unit in the last place --
 
 // expm1(r) and 2^k of x = k log 2 + r, for -87 <= x <= 88.
