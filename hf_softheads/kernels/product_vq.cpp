@@ -4,8 +4,8 @@
 // smallest entries is kept apart and exact), and looked up in registers: 64 codes at once with AVX-512 VBMI; where codes
 // have 4 bits, 32 with AVX2. Other processors look fp32 sums up one by one. Sums of 8-bit entries are exact.
 //
-// Codes come in tiles of 256 tokens: [tile][group][token] of a byte each, or, where codes have at most 4 bits, two
-// groups in a byte, the first in its low half.
+// Codes come in tiles of 512 tokens, so that tables are read half as often as codes: [tile][group][token] of a byte
+// each, or, where codes have at most 4 bits, two groups in a byte, the first in its low half.
 
 #include <numeric>
 #include <vector>
@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int64_t TILE = 512, BLOCK = 32, AHEAD = 16384;
+constexpr int64_t TILE = 512, BLOCK = 32, AHEAD = 16384;  // tokens; groups; bytes brought near
 
 #if defined(__AVX512VBMI__) && defined(__AVX512BW__)
 constexpr int64_t REGISTERS = 256;  // entries of the largest table that is looked up in registers
@@ -27,8 +27,8 @@ constexpr int64_t REGISTERS = 0;
 
 struct Tables {
     int64_t batch, groups, entries, blocks;
-    std::vector<float> sums;        // [b][group][entry], the smallest entry of each table subtracted; or
-    std::vector<uint8_t> rounded;   // the same in steps
+    std::vector<float> sums;        // [b][group][entry], the smallest entry of each table subtracted, or, where
+    std::vector<uint8_t> rounded;   // registers hold a table, the same in steps
     std::vector<float> step, base;  // [b][block]; [b]
 
     // books: [group][width][code]; x: [b][group * width]
@@ -117,7 +117,7 @@ void scan(const Tables& t, int64_t b, const uint8_t* tile, bool halves, int64_t 
 #pragma GCC unroll 8
             for (int i = 0; i < 8; ++i) {
                 const __m512i c = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(codes + 64 * i), shift), _mm512_set1_epi8(15));
-                if (shift) __builtin_prefetch(codes + 64 * i + AHEAD);
+                if (b == 0 && shift == 0) __builtin_prefetch(codes + 64 * i + AHEAD);
                 add(even[i], odd[i], _mm512_shuffle_epi8(sixteen, c));
             }
         } else {
@@ -127,7 +127,7 @@ void scan(const Tables& t, int64_t b, const uint8_t* tile, bool halves, int64_t 
 #pragma GCC unroll 8
             for (int i = 0; i < 8; ++i) {
                 const __m512i c = _mm512_loadu_si512(codes + 64 * i);
-                __builtin_prefetch(codes + 64 * i + AHEAD);
+                if (b == 0) __builtin_prefetch(codes + 64 * i + AHEAD);
                 const __m512i below = _mm512_permutex2var_epi8(p, c, q), above = _mm512_permutex2var_epi8(r, c, s);
                 add(even[i], odd[i], _mm512_mask_mov_epi8(below, _mm512_movepi8_mask(c), above));
             }
