@@ -55,7 +55,7 @@ SCREENS = {  # candidates of each
     "residual_vq 4 x 1024": CANDIDATES,
     "low_rank D/8": CANDIDATES,
     "low_rank D/4 in 8 bits": CANDIDATES,
-    "low_rank D/8 in 8 bits": 4 * CANDIDATES,
+    "low_rank D/8 in 8 bits": CANDIDATES,
 }
 PLAIN = ("residual_vq 4 x 1024", "low_rank D/4 in 8 bits", "low_rank D/8 in 8 bits")
 OFF = ", no kernels"  # the same without a compiler
