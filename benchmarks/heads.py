@@ -103,6 +103,7 @@ def candidates(dim: int, vocab: int) -> list[tuple[str, Any, bool]]:
         ),
         ("cascade, margin 1", Cascade(TransformCoded(1.5), 256), True),
         ("screened by low_rank", Screened(LowRank(dim // 2, Quantized(3)), 256), True),
+        ("screened by product_vq", Screened(ProductVQ(dim // 2, 16, "structured"), 64), True),
         ("screened by contexts", Screened(ContextScreen(64, vocab // 8), vocab // 8), True),
         ("frequency_tier", FrequencyTier(vocab // 8), True),
     ]
