@@ -264,8 +264,8 @@ class TransformCodedHead(CompiledHead):
         def tiles() -> Tiles:
             return make_tiles(self.ranges, self.planes(), self.codes)
 
-        order = self.order()
-        token = self._derived("token", order.int, order)
+        places = self.places()
+        assert places is not None
         x = quantized_scores(hidden, [self.basis], (4,), self.weight.float(), middle=8)
         return transform_coded_scores(
             x,
@@ -273,7 +273,7 @@ class TransformCodedHead(CompiledHead):
             self.scale.float(),
             self.offset.float(),
             self.gain(),
-            token,
+            places,
             hidden.float() @ self.center.float(),
         )
 

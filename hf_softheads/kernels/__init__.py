@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_FLAGS = ("-O3", "-std=c++17", "-pthread", "-fopenmp")
+_FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-pthread", "-fopenmp")
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "native": ("-march=native",),
     "vnni": ("-march=cascadelake",),

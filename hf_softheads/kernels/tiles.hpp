@@ -32,8 +32,10 @@ struct States {
     States(int64_t batch, int64_t columns, int64_t words, int64_t width, X x)
         : batch(batch), words(words), bytes(batch * words * (width <= LOOKED_UP ? 256 : 64 / width)), step(batch), base(batch) {
         if (width > LOOKED_UP) split(columns, width, x);
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
         else if (width == 2) tabulate<2>(columns, x);
         else tabulate<1>(columns, x);
+#endif
     }
 
     const int8_t* at(int64_t first, int64_t width) const { return bytes.data<int8_t>() + first * words * (64 / width); }
@@ -57,6 +59,7 @@ private:
         }
     }
 
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
     template <int WIDTH, class X>
     void tabulate(int64_t columns, X x) {
         constexpr int64_t size = 4 / WIDTH;  // columns in half a byte
@@ -75,22 +78,23 @@ private:
             step[b] = widest > 0 ? widest * mask / 65520.0f : 1.0f;
             const float inverse = 1 / step[b];
             for (int64_t n = 0; n < halves; ++n) {
-                int32_t value[size], smallest = 0;
+                __m512i entries = zero();
+                int32_t smallest = 0;
                 EACH(k, size) {
-                    value[k] = static_cast<int32_t>(std::lrintf(values[n * size + k] * inverse));
-                    smallest += std::min(0, value[k] * mask);
+                    const int32_t value = static_cast<int32_t>(std::lrintf(values[n * size + k] * inverse));
+                    smallest += std::min(0, value * mask);
+                    const __m512i codes = field<WIDTH>(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), k);
+                    entries = _mm512_add_epi32(entries, _mm512_mullo_epi32(codes, _mm512_set1_epi32(value)));
                 }
                 base[b] += smallest;
-                uint8_t* to = bytes.data() + (b * words + n / 8) * 256 + n % 2 * 128 + n % 8 / 2 * 16;
-                EACH(c, 16) {
-                    int32_t entry = -smallest;
-                    EACH(k, size) entry += value[k] * (c >> (k * WIDTH) & mask);
-                    to[c] = static_cast<uint8_t>(entry >> 8);
-                    to[64 + c] = static_cast<uint8_t>(entry);
-                }
+                entries = _mm512_sub_epi32(entries, _mm512_set1_epi32(smallest));
+                auto* to = reinterpret_cast<__m128i*>(bytes.data() + (b * words + n / 8) * 256 + n % 2 * 128 + n % 8 / 2 * 16);
+                _mm_store_si128(to, _mm512_cvtepi32_epi8(_mm512_srli_epi32(entries, 8)));
+                _mm_store_si128(to + 4, _mm512_cvtepi32_epi8(entries));
             }
         }
     }
+#endif
 };
 
 // sum[s][row] = Σ codes * integers of state s, `SIZE` states at once.

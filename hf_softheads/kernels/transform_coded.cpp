@@ -3,6 +3,7 @@
 // A tier's columns come in planes of equal width, in tiles of tiles.hpp, all planes of a tile one after another: memory
 // is read once and in order. Each plane rounds its own columns of scale_t * x, so that fine columns keep their precision.
 
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -32,11 +33,11 @@ extern "C" const char* instructions() { return INSTRUCTIONS; }
 
 // tiers: [n][start row, rows, offset into tiles]; planes: [n][tier, width, shift, columns], in the order of the tiles,
 // their columns one after another in `columns`; x: [batch][dim]; scale, offset: [tier][dim]; gain: of each row;
-// token: of each row.
+// row: of each token.
 extern "C" void transform_coded_scores(const uint8_t* tiles, const int64_t* tiers, int64_t n_tiers, const int64_t* planes,
                                        int64_t n_planes, const int32_t* columns, const float* x, int64_t dim,
                                        int64_t batch, const float* scale, const float* offset, const float* gain,
-                                       const int32_t* token, const float* base, int64_t vocab, float* out,
+                                       const int32_t* row, const float* base, int64_t vocab, float* out,
                                        int64_t threads) {
     std::vector<Tier> all;
     std::vector<Plane> every;
@@ -65,7 +66,8 @@ extern "C" void transform_coded_scores(const uint8_t* tiles, const int64_t* tier
         states[job].emplace(batch, p.columns, p.words(), p.width,
                             [&](int64_t b, int64_t j) { return own[p.column[j]] * x[b * dim + p.column[j]]; });
     });
-    std::vector<std::pair<const Tier*, int64_t>> jobs;  // a tile each
+    const std::unique_ptr<float[]> scores(new float[batch * vocab]);  // of the rows
+    std::vector<std::pair<const Tier*, int64_t>> jobs;                // a tile each
     for (const Tier& tier : all)
         for (int64_t k = 0; k * TILE < tier.rows; ++k) jobs.emplace_back(&tier, k);
     share(static_cast<int64_t>(jobs.size()), 8, threads, [&](int64_t begin, int64_t end) {
@@ -86,7 +88,12 @@ extern "C" void transform_coded_scores(const uint8_t* tiles, const int64_t* tier
             const int64_t count = std::min(TILE, tier.start + tier.rows - first);
             for (int64_t b = 0; b < batch; ++b)
                 for (int64_t r = 0; r < count; ++r)
-                    out[b * vocab + token[first + r]] = gain[first + r] * sum[b * TILE + r] + base[b];
+                    scores[b * vocab + first + r] = gain[first + r] * sum[b * TILE + r] + base[b];
         }
+    });
+    // tokens in their order: were they written above, the threads would take lines of `out` from each other
+    share(vocab, 4096, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t v = begin; v < end; ++v) out[b * vocab + v] = scores[b * vocab + row[v]];
     });
 }

@@ -75,7 +75,7 @@ def transform_coded_scores(
     scale: Tensor,
     offset: Tensor,
     gain: Tensor,
-    token: Tensor,
+    places: Tensor,
     base: Tensor,
     *,
     instructions: str = "native",
@@ -84,7 +84,7 @@ def transform_coded_scores(
 
     Args:
         x: `(B, K)`; scale, offset: `(T, K)`; gain: of each row, `(V,)`; base: `(B,)`. All fp32.
-        token: of each row, `(V,)` int32.
+        places: row of each token, `(V,)` int32.
     """
     fp32 = [t.contiguous() for t in (x, scale, offset, gain, base)]
     x, scale, offset, gain, base = fp32
@@ -106,7 +106,7 @@ def transform_coded_scores(
         at(scale),
         at(offset),
         at(gain),
-        at(token),
+        at(places),
         at(base),
         ctypes.c_int64(len(gain)),
         at(out),
