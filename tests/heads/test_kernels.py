@@ -166,6 +166,23 @@ def test_product_vq_kernel_with_many_groups(codes: int) -> None:
 
 
 @needs_compiler
+def test_product_vq_turns_a_single_state_in_fp32(toy: Toy) -> None:
+    head = fitted(ProductVQ(8, 16), toy).bfloat16().requires_grad_(False)
+    state = toy.hidden[:1].bfloat16()
+    expected = state.double() @ head.basis.double().T
+    error = (head._turned(state) - expected).abs().max()
+    assert error < 1e-5 * expected.abs().max() < (head.prepare(state) - expected).abs().max()
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 5), (2, 3_000_000)])
+def test_large_pages_hold_a_copy(shape: tuple[int, ...]) -> None:
+    codes = torch.randint(256, shape, dtype=torch.uint8).movedim(0, -1)
+    copy = kernels.in_large_pages(codes)
+    assert copy.is_contiguous()
+    assert torch.equal(copy, codes)
+
+
+@needs_compiler
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("dim", [64, 200])
 def test_dense_rows_are_multiplied_in_fp32(instructions: str, dim: int) -> None:
