@@ -159,6 +159,29 @@ def head_speed_table() -> str:
     )
 
 
+def screens_table() -> str:
+    """Whether screens find the right tokens at that size, from `screens.json`."""
+    found = _results("screens")
+    decays = found["decays"]
+    columns = [
+        f"{what}, decay {decay}" for decay in decays for what in ("same token", "log Z off by")
+    ]
+    table = Table(["screened by", "candidates", "bytes read", *columns])
+    agreement = [(f"{rows['linear']['agreement']:.2%}", "–") for rows in decays.values()]
+    table.add("(a bf16 `nn.Linear`)", "–", "100%", *(cell for pair in agreement for cell in pair))
+    first, *_ = decays.values()
+    for name, row in first["screens"].items():
+        cells = []
+        for rows in decays.values():
+            here = rows["screens"][name]
+            cells += [f"{here['agreement']:.2%}", f"{here['log_z']['absolute']:.4f}"]
+        table.add(name, row["spec"]["candidates"], f"{row['bytes_read']:.1%}", *cells)
+    return (
+        f"{table.markdown()}\n\nV={found['shape'][0]:,}, D={found['shape'][1]:,}, synthetic rows in clusters of "
+        f"clusters whose spectrum falls like `j ** -decay`; {found['judges']:,} states. {_where(found, '../')}"
+    )
+
+
 def losses_table() -> str:
     """Time and memory of losses over a large vocabulary, from `losses.json`."""
     found = _results("losses")
@@ -344,6 +367,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "head variants": (ROOT / "docs" / "heads.md", head_variants_table),
     "fit": (ROOT / "docs" / "heads.md", fit_table),
     "head speed": (ROOT / "docs" / "heads.md", head_speed_table),
+    "screens": (ROOT / "docs" / "heads.md", screens_table),
     "confidence": (ROOT / "docs" / "heads.md", confidence_table),
     "losses": (ROOT / "docs" / "losses.md", losses_table),
     "distillation": (ROOT / "docs" / "losses.md", distillation_table),
