@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t TILE = 64, AHEAD = 16384;  // rows; bytes brought near
+constexpr int64_t TILE = 64, AHEAD = 8192;  // rows; bytes brought near
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 constexpr int64_t LOOKED_UP = 2;  // codes up to so many bits are looked up, half a byte at a time
@@ -97,10 +97,10 @@ private:
 #endif
 };
 
-// sum[s][row] = Σ codes * integers of state s, `SIZE` states at once.
+// sum[s][row] += step[s] * Σ codes * integers of state s, `SIZE` states at once.
 template <int WIDTH, int SIZE>
-void products(const uint8_t* tile, int64_t words, const int8_t* x, float* sum) {
-    constexpr int places = 8 / WIDTH, step = LANES * 4;
+void products(const uint8_t* tile, int64_t words, const int8_t* x, const float* step, float* sum) {
+    constexpr int places = 8 / WIDTH, size = LANES * 4;
     for (int64_t part = 0; part < TILE; part += LANES * VECTORS) {
         Words high[SIZE][VECTORS], low[SIZE][VECTORS];
         EACH(s, SIZE) EACH(v, VECTORS) high[s][v] = low[s][v] = zero();
@@ -108,7 +108,7 @@ void products(const uint8_t* tile, int64_t words, const int8_t* x, float* sum) {
         const int8_t* state = x;
         for (int64_t i = 0; i < words; ++i, from += TILE * 4) {
             Words packed[VECTORS], codes[VECTORS];
-            EACH(v, VECTORS) packed[v] = load(from + v * step);
+            EACH(v, VECTORS) packed[v] = load(from + v * size);
             EACH(place, places) {
                 EACH(v, VECTORS) codes[v] = field<WIDTH>(packed[v], place);
                 EACH(s, SIZE) {
@@ -128,17 +128,21 @@ void products(const uint8_t* tile, int64_t words, const int8_t* x, float* sum) {
                 store(l + v * LANES, low[s][v]);
             }
             for (int r = 0; r < LANES * VECTORS; ++r)
-                sum[s * TILE + part + r] = 128.0f * static_cast<float>(h[r]) + static_cast<float>(l[r]);
+                sum[s * TILE + part + r] += step[s] * (128.0f * static_cast<float>(h[r]) + static_cast<float>(l[r]));
         }
     }
 }
 
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
 
+inline void add(float* sum, float step, __m512 total) {
+    _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_set1_ps(step), total, _mm512_loadu_ps(sum)));
+}
+
 // The same for one state, without shifts: the codes of each place are multiplied where they lie in their bytes, in sums
 // of their own, which are brought to scale once. As many rows at a time as leave 16 such sums.
 template <int WIDTH>
-void products_in_place(const uint8_t* tile, int64_t words, const int8_t* x, float* sum) {
+void products_in_place(const uint8_t* tile, int64_t words, const int8_t* x, float step, float* sum) {
     constexpr int places = 8 / WIDTH, vectors = WIDTH;
     for (int64_t part = 0; part < TILE; part += LANES * vectors) {
         Words high[places][vectors], low[places][vectors];
@@ -166,7 +170,7 @@ void products_in_place(const uint8_t* tile, int64_t words, const int8_t* x, floa
                 l = _mm512_add_epi32(l, _mm512_srai_epi32(low[place][v], place * WIDTH));
             }
             const __m512 total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(h), _mm512_set1_ps(128.0f), _mm512_cvtepi32_ps(l));
-            _mm512_storeu_ps(sum + part + v * LANES, total);
+            add(sum + part + v * LANES, step, total);
         }
     }
 }
@@ -175,7 +179,7 @@ void products_in_place(const uint8_t* tile, int64_t words, const int8_t* x, floa
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 
-// sum[s][row] = Σ entries of the tables of state s for the halves of a row's bytes, `SIZE` states at once.
+// sum[s][row] += step[s] * Σ entries of the tables of state s for the halves of a row's bytes, `SIZE` states at once.
 template <int SIZE>
 void look_up(const uint8_t* tile, const States& x, int64_t first, float* sum) {
     const Words mask = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1), part = _mm512_set1_epi32(0x30201000);
@@ -201,7 +205,7 @@ void look_up(const uint8_t* tile, const States& x, int64_t first, float* sum) {
         }
     }
     EACH(s, SIZE) EACH(v, 4)
-        _mm512_storeu_ps(sum + s * TILE + v * 16, _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[s][v], 8), low[s][v])));
+        add(sum + s * TILE + v * LANES, x.step[first + s], _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[s][v], 8), low[s][v])));
 }
 
 #endif
@@ -218,13 +222,13 @@ void products(const uint8_t* tile, const States& x, float* sum) {
 #endif
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
     if constexpr (WIDTH < 8)
-        if (x.batch == 1) return products_in_place<WIDTH>(tile, x.words, x.at(0, WIDTH), sum);
+        if (x.batch == 1) return products_in_place<WIDTH>(tile, x.words, x.at(0, WIDTH), x.step[0], sum);
 #endif
-    for (; b + 2 <= x.batch; b += 2) products<WIDTH, 2>(tile, x.words, x.at(b, WIDTH), sum + b * TILE);
-    if (b < x.batch) products<WIDTH, 1>(tile, x.words, x.at(b, WIDTH), sum + b * TILE);
+    for (; b + 2 <= x.batch; b += 2) products<WIDTH, 2>(tile, x.words, x.at(b, WIDTH), x.step.data() + b, sum + b * TILE);
+    if (b < x.batch) products<WIDTH, 1>(tile, x.words, x.at(b, WIDTH), x.step.data() + b, sum + b * TILE);
 }
 
-// sum[b][row], b < x.batch, row < TILE.
+// sum[b][row] += step[b] * Σ codes * integers, b < x.batch, row < TILE.
 inline void products(int64_t width, const uint8_t* tile, const States& x, float* sum) {
     switch (width) {
         case 8: return products<8>(tile, x, sum);

@@ -65,23 +65,20 @@ extern "C" void transform_coded_scores(const uint8_t* tiles, const int64_t* tier
         const float* own = scale + planes[4 * job] * dim;
         states[job].emplace(batch, p.columns, p.words(), p.width,
                             [&](int64_t b, int64_t j) { return own[p.column[j]] * x[b * dim + p.column[j]]; });
+        for (float& step : states[job]->step) step *= static_cast<float>(1 << p.shift);
     });
     const std::unique_ptr<float[]> scores(new float[batch * vocab]);  // of the rows
     std::vector<std::pair<const Tier*, int64_t>> jobs;                // a tile each
     for (const Tier& tier : all)
         for (int64_t k = 0; k * TILE < tier.rows; ++k) jobs.emplace_back(&tier, k);
     share(static_cast<int64_t>(jobs.size()), 8, threads, [&](int64_t begin, int64_t end) {
-        std::vector<float> sum(batch * TILE), part(batch * TILE);
+        std::vector<float> sum(batch * TILE);
         for (int64_t job = begin; job < end; ++job) {
             const Tier& tier = *jobs[job].first;
             const uint8_t* tile = tier.tiles + jobs[job].second * tier.size;
             for (int64_t b = 0; b < batch; ++b) std::fill_n(sum.data() + b * TILE, TILE, tier.shift[b]);
             for (int64_t i = tier.begin; i < tier.end; ++i) {
-                products(every[i].width, tile, *states[i], part.data());
-                for (int64_t b = 0; b < batch; ++b) {
-                    const float factor = states[i]->step[b] * static_cast<float>(1 << every[i].shift);
-                    for (int64_t r = 0; r < TILE; ++r) sum[b * TILE + r] += factor * part[b * TILE + r];
-                }
+                products(every[i].width, tile, *states[i], sum.data());
                 tile += states[i]->words * TILE * 4;
             }
             const int64_t first = tier.start + jobs[job].second * TILE;
