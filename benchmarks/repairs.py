@@ -4,9 +4,9 @@
     python benchmarks/repairs.py --only 1.1
 
 The head alone: `sh.repair_head` with the head's own learning rates, codes included. The body too: afterwards head and
-body together learn the distribution of the untouched dense model by forward KL; no labels, so that the same training
-leaves the dense model itself as it is. Perplexity is compared with the untouched dense model. Every result is printed
-for the text of the tables and, `dev`, for other text by which the settings were chosen.
+body, or adapters in it, together learn the distribution of the untouched dense model by forward KL; no labels, so that
+the same training leaves the dense model itself as it is. Perplexity is compared with the untouched dense model. Every
+result is printed for the text of the tables and, `dev`, for other text by which the settings were chosen.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from heads import Bench, states_of
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 import hf_softheads as sh
@@ -30,25 +31,35 @@ from hf_softheads.losses import KL
 
 BATCH = 1024
 WINDOWS = 4  # a step of the second stage
-BODY_LR = 4e-4
+BODY_LR, LORA_LR, LORA_RANK = 4e-4, 1e-3, 64
 SECOND = 0.5  # of the head's own rates
 
 
-def settings(dim: int) -> dict[str, tuple[HeadSpec, int, int]]:
-    """Spec, steps for the head alone, steps of the second stage."""
+def settings(dim: int) -> dict[str, tuple[HeadSpec, int, int, str]]:
+    """Spec, steps for the head alone, steps of the second stage, what of the body it trains."""
+    smallest = TransformCoded(1.1, dim * 3 // 4)
     return {
-        "2.25": (TransformCoded(2.25), 2500, 600),
-        "1.1": (TransformCoded(1.1, dim * 3 // 4), 2500, 1800),
-        "product_vq": (ProductVQ(dim // 8), 300, 0),
+        "2.25": (TransformCoded(2.25), 2500, 600, "body"),
+        "1.1": (smallest, 2500, 1800, "body"),
+        "1.1 LoRA": (smallest, 2500, 1800, "LoRA"),
+        "product_vq": (ProductVQ(dim // 8), 300, 0, ""),
     }
 
 
-def tune_body(model: Any, dense: Any, rows: Tensor, steps: int, seed: int) -> Any:
-    """Train the body and the head towards the dense model's distribution."""
+def tune_body(model: Any, dense: Any, rows: Tensor, steps: int, part: str, seed: int) -> Any:
+    """Train the body or adapters in it, and the head, towards the dense model's distribution."""
     student, teacher = Reader(model), Reader(dense)
     head: Any = student.head
-    body = [p.requires_grad_(True) for p in model.base_model.parameters()]
-    groups = [{"params": body, "lr": BODY_LR}]
+    if part == "LoRA":
+        torch.manual_seed(seed)
+        config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules="all-linear")
+        inject_adapter_in_model(config, model)
+        body = [p for name, p in model.base_model.named_parameters() if "lora_" in name]
+    else:
+        body = list(model.base_model.parameters())
+    for p in body:
+        p.requires_grad_(True)
+    groups = [{"params": body, "lr": LORA_LR if part == "LoRA" else BODY_LR}]
     for p in head.parameters():
         groups.append({"params": [p.requires_grad_(True)], "lr": SECOND * head.repair_lr(p)})
     groups.append({"params": head.thaw(), "lr": SECOND * head.code_lr})
@@ -88,12 +99,12 @@ def main() -> None:
     bench = Bench.prepare("heldout", arguments.seed)
     dev = Bench.prepare("dev", arguments.seed)
     rows = bench.train.input_ids
-    for name, (spec, steps, second) in settings(bench.judge.weight.shape[1]).items():
+    for name, (spec, steps, second, part) in settings(bench.judge.weight.shape[1]).items():
         steps, second = int(steps * arguments.share), int(second * arguments.share)
         if arguments.only is not None and name not in arguments.only:
             continue
         label = f"{spec.name} + distilled"
-        last = f"{label} + body" if second else label
+        last = f"{label} + {part}" if second else label
         if bench.has(last, spec, steps + second):
             continue
         began = time.process_time()
@@ -101,12 +112,12 @@ def main() -> None:
         teacher = sh.dense_head(patched)
         sh.repair_head(patched, teacher, rows, steps=steps, batch_size=BATCH, seed=arguments.seed)
         seconds = time.process_time() - began
-        for text in (bench, dev):
+        for text in (bench, dev) if part != "LoRA" else ():  # the same head
             text.record(label, spec, patched.get_output_embeddings(), seconds, steps)
         if not second:
             continue
         began = time.process_time()
-        patched = tune_body(patched, bench.model, rows, second, arguments.seed)
+        patched = tune_body(patched, bench.model, rows, second, part, arguments.seed)
         seconds += time.process_time() - began
         head = patched.get_output_embeddings()
         for text in (bench, dev):
