@@ -129,7 +129,8 @@ public:
     }
 };
 
-// Rounded hidden states: value (b, column) is step[b] * (128 * high + low), at b * columns + column.
+// Rounded hidden states: value (b, column) is step[b] * (128 * high + low), at b * columns + column. Where one is not
+// finite, the step is not a number.
 struct Rounded {
     int64_t batch, columns;
     std::vector<int8_t> high, low;
@@ -140,10 +141,15 @@ struct Rounded {
         : batch(batch), columns(columns), high(batch * columns), low(batch * columns), step(batch), total(batch) {
         std::vector<float> values(columns);
         for (int64_t b = 0; b < batch; ++b) {
-            float largest = 0;
+            float largest = 0, zero = 0;
             for (int64_t j = 0; j < columns; ++j) {
                 values[j] = x(b, j);
                 largest = std::max(largest, std::fabs(values[j]));
+                zero += values[j] * 0;
+            }
+            if (zero != 0) {  // a value is not a number, or infinite: nor are the scores numbers
+                step[b] = total[b] = NAN;
+                continue;
             }
             step[b] = largest > 0 ? largest / 16256.0f : 1.0f;
             int64_t sum = 0;

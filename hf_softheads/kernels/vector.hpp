@@ -126,9 +126,9 @@ inline float maximum(const float* z, int64_t n) {
     return best;
 }
 
-inline float minimum(const float* z, int64_t n) {
+inline float minimum(const float* z, int64_t n) {  // not a number if none is
     vf a = all(INFINITY);
-    each(n, [&](int64_t i) { a = smaller(lanes(n - i) ? load(z + i) : all(INFINITY), a); });
+    each(n, [&](int64_t i) { a = smaller(a, lanes(n - i) ? load(z + i) : all(INFINITY)); });
     float best = a[0];
     for (int i = 1; i < W; ++i) best = std::min(best, a[i]);
     return best;

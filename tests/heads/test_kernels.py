@@ -166,6 +166,36 @@ def test_product_vq_kernel_with_many_groups(codes: int) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("columns", [slice(1), slice(None)])
+@pytest.mark.parametrize(
+    "spec",
+    [Quantized(4), Quantized(3), TransformCoded(4.0), ProductVQ(8, 16), ProductVQ(8, 64)],
+    ids=str,
+)
+def test_no_numbers_come_of_a_state_without_them(
+    toy: Toy,
+    monkeypatch: pytest.MonkeyPatch,
+    instructions: str,
+    value: float,
+    columns: slice,
+    spec: HeadSpec,
+) -> None:
+    skip_without(instructions)
+    use(monkeypatch, instructions)
+    head = fitted(spec, toy).requires_grad_(False)
+    hidden = toy.hidden[:3].clone()
+    head.use_kernels("require")
+    expected = head.scores(hidden)
+    hidden[1, columns] = value
+    for batch in (hidden, hidden[1:2]):
+        scores = head.scores(batch)
+        assert not scores[len(batch) // 2].isfinite().any()
+    assert torch.equal(head.scores(hidden)[::2], expected[::2])
+
+
+@needs_compiler
 def test_product_vq_turns_a_single_state_in_fp32(toy: Toy) -> None:
     head = fitted(ProductVQ(8, 16), toy).bfloat16().requires_grad_(False)
     state = toy.hidden[:1].bfloat16()
