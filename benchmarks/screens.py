@@ -55,9 +55,8 @@ def rows(decay: float, seed: int) -> Tensor:
     spectrum = torch.arange(1, DIM + 1).float() ** -decay
     basis = torch.linalg.qr(normal(DIM))[0] * spectrum[:, None]
     centers = normal(CLUSTERS[0])
-    for count in CLUSTERS[
-        1:
-    ]:  # each lies in a cluster one level above, some of which are larger than others
+    # each cluster lies in one of the level above, some of which are larger than others
+    for count in CLUSTERS[1:]:
         size = torch.rand(len(centers), generator=generator)
         parent = torch.multinomial(size, count, replacement=True, generator=generator)
         centers = centers[parent] + normal(count)

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-_FLUSH = torch.ones(
-    24 * 2**20
-)  # 96 MiB: more than any cache here; of zeros there would be a single page
+# 96 MiB, more than any cache here; of zeros there would be a single page
+_FLUSH = torch.ones(24 * 2**20)
 
 _NEAR = 10  # rounds: two seconds
 
