@@ -205,7 +205,12 @@ def test_product_vq_turns_a_single_state_in_fp32(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 5), (2, 3_000_000)])
-def test_large_pages_hold_a_copy(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("large", [True, False])
+def test_large_pages_hold_a_copy(
+    monkeypatch: pytest.MonkeyPatch, large: bool, shape: tuple[int, ...]
+) -> None:
+    if not large:  # another system
+        monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)
     codes = torch.randint(256, shape, dtype=torch.uint8).movedim(0, -1)
     copy = kernels.in_large_pages(codes)
     assert copy.is_contiguous()
