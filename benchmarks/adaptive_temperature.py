@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.attention.adaptive_temperature import AdaptiveTemperature
-from hf_softheads.results import provenance, write_json
+from hf_softheads.files import write_json
+from hf_softheads.report.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES, WIDTH, TRAINED = 10, 64, 16

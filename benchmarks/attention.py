@@ -28,13 +28,15 @@ from timing import compare
 
 import hf_softheads as sh
 from hf_softheads.attention.base import AttentionSpec, attend
+from hf_softheads.attention.call import Geometry
 from hf_softheads.attention.softpick import Softpick
-from hf_softheads.corpus import stdlib_documents
-from hf_softheads.data import windows
-from hf_softheads.embedded import load_embedded
-from hf_softheads.plots import plot_ratios
+from hf_softheads.files import write_json
 from hf_softheads.registry import variants
-from hf_softheads.results import provenance, write_json
+from hf_softheads.report.plots import plot_ratios
+from hf_softheads.report.provenance import provenance
+from hf_softheads.text.embedded import load_embedded
+from hf_softheads.text.stdlib_corpus import stdlib_documents
+from hf_softheads.text.windows import windows
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, DIM, WIDTH = 16, 64, 1024
@@ -160,7 +162,7 @@ def main() -> None:
     found = {
         "provenance": provenance(seed=0),
         "shape": {"batch": 1, "heads": HEADS, "head_dim": DIM, "causal": True},
-        "path": Softpick().path(),
+        "path": str(Softpick().module(Geometry(2, 2, 64, 128)).engines(torch.zeros(()))[0]),
         "clock": "CPU time of one thread",
         "quality": quality(),
         "speed": speeds(arguments.seconds),

@@ -22,14 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hf_softheads as sh
-from hf_softheads import confidence, losses
-from hf_softheads.bridge import Reader
-from hf_softheads.corpus import stdlib_documents
-from hf_softheads.data import windows
-from hf_softheads.embedded import load_embedded
-from hf_softheads.plots import plot_curves
-from hf_softheads.repair import cache_states, repair_head
-from hf_softheads.results import provenance, write_json
+from hf_softheads import losses
+from hf_softheads.bridge import SplitModel
+from hf_softheads.files import write_json
+from hf_softheads.measure import confidence
+from hf_softheads.report.plots import plot_curves
+from hf_softheads.report.provenance import provenance
+from hf_softheads.text.embedded import load_embedded
+from hf_softheads.text.stdlib_corpus import stdlib_documents
+from hf_softheads.text.windows import windows
+from hf_softheads.training.distill_head import cache_states, repair_head
 
 RESULTS = Path(__file__).parent / "results" / "confidence.json"
 SMOOTHING = (0.0, 0.1, 0.3, 0.5)
@@ -51,7 +53,7 @@ def trained_head(model: Any, start: Any, states: Any, alpha: float, given: Any) 
     model.get_output_embeddings().load_state_dict(start)
     mix = {losses.LabelSmoothing(alpha): 1.0}
     repair_head(model, None, states, steps=given.steps, lr=given.lr, losses=mix)
-    return Reader(model).logits
+    return SplitModel(model).logits
 
 
 def trained_classifier(states: Tensor, labels: Tensor, alpha: float, given: Any) -> Any:

@@ -20,14 +20,16 @@ import torch
 
 import hf_softheads as sh
 from hf_softheads import losses
-from hf_softheads.corpus import stdlib_documents
-from hf_softheads.data import windows
-from hf_softheads.embedded import load_embedded
+from hf_softheads.files import write_json
 from hf_softheads.heads import VQ
 from hf_softheads.losses.base import LossSpec
-from hf_softheads.repair import cache_states, repair_head
-from hf_softheads.results import provenance, write_json
-from hf_softheads.tables import Table
+from hf_softheads.plan import dense_head
+from hf_softheads.report.provenance import provenance
+from hf_softheads.report.tables import Table
+from hf_softheads.text.embedded import load_embedded
+from hf_softheads.text.stdlib_corpus import stdlib_documents
+from hf_softheads.text.windows import windows
+from hf_softheads.training.distill_head import cache_states, repair_head
 
 RESULTS = Path(__file__).parent / "results" / "distillation.json"
 BATCH, TUNING = 1024, 16_384  # hidden states
@@ -69,7 +71,7 @@ def main() -> None:
     dense = copy.deepcopy(model)
     codes = model.config.vocab_size // 8
     patched = sh.patch(model, head=VQ.repaired(codes), stats=stats)
-    teacher = sh.dense_head(patched)
+    teacher = dense_head(patched)
     start = copy.deepcopy(patched.get_output_embeddings().state_dict())
     likelihood = sh.Objective(patched, {"cross_entropy": 1.0})
 

@@ -30,10 +30,11 @@ from timing import peak_memory
 
 import hf_softheads as sh
 from hf_softheads import heads
+from hf_softheads.files import write_json
 from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.stats import HeadStats
 from hf_softheads.registry import variants
-from hf_softheads.results import provenance, write_json
-from hf_softheads.stats import HeadStats
+from hf_softheads.report.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results" / "fit_scale.json"
 VOCAB, DIM, STATES, CLUSTERS = 151_936, 1_024, 16_384, 2_000

@@ -25,9 +25,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from timing import compare
 
-from hf_softheads import heads, kernels
+from hf_softheads import heads
+from hf_softheads.files import write_json
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.results import provenance, write_json
+from hf_softheads.report.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results" / "head_speed.json"
 VOCAB, DIM, CANDIDATES = 128_256, 2_048, 256
@@ -150,7 +151,7 @@ def main() -> None:
                 "limit": size / rate["ms"] / (row["ms"] / 1e3),
                 "strict_limit": size / rate["fastest"] / (row["ms"] / 1e3),
             }
-            row["path"] = cases[name][0].path if name in cases else "torch"
+            row["path"] = cases[name][0].backend if name in cases else "torch"
             print(
                 f"batch {batch:>2}  {name:<62} {row['ms']:8.3f} ms  x{row['ratio']:.1f}  "
                 f"{row['limit']:.0%} {row['strict_limit']:.0%} of its limit",
@@ -163,7 +164,7 @@ def main() -> None:
             "shape": [VOCAB, DIM],
             "dtype": "bfloat16",
             "clock": f"wall time, {arguments.threads} threads",
-            "kernel": kernels.why_not("quantized") or f"C++, {kernels.instructions('quantized')}",
+            "kernel": found.reason or f"C++, {found.instructions}",
             "bandwidth": bandwidth,
             "speed": found,
             "provenance": provenance(arguments.seed),

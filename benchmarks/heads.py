@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hf_softheads as sh
-from hf_softheads.bridge import Reader
-from hf_softheads.corpus import stdlib_documents
-from hf_softheads.data import windows
+from hf_softheads.bridge import SplitModel
+from hf_softheads.files import write_json
 from hf_softheads.heads import (
     VQ,
     Cascade,
@@ -42,7 +41,9 @@ from hf_softheads.heads import (
     Screened,
     TransformCoded,
 )
-from hf_softheads.results import provenance, write_json
+from hf_softheads.report.provenance import provenance
+from hf_softheads.text.stdlib_corpus import stdlib_documents
+from hf_softheads.text.windows import windows
 
 RESULTS = Path(__file__).parent / "results"
 STATES = 16_384  # held-out hidden states
@@ -256,7 +257,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 @torch.no_grad()
 def states_of(model: Any, rows: Any) -> Tensor:
     """The hidden states `(N, D)` from which the labels of some windows are predicted."""
-    reader = Reader(model)
+    reader = SplitModel(model)
     parts = [reader.hidden(input_ids=b)[:, :-1].flatten(0, 1) for b in rows.input_ids.split(8)]
     return torch.cat(parts)[rows.labels[:, 1:].flatten() != -100]
 

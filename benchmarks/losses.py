@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_softheads as sh
+from hf_softheads.files import write_json
 from hf_softheads.heads import VQ
-from hf_softheads.results import provenance, write_json
-from hf_softheads.tables import Table
+from hf_softheads.report.provenance import provenance
+from hf_softheads.report.tables import Table
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS, VOCAB, DIM = 2048, 128_256, 1024

@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from head_speed import DIM, SPECS
 
-from hf_softheads.plots import plot_frontiers
+from hf_softheads.report.plots import plot_frontiers
 
 RESULTS = Path(__file__).parent / "results"
 _WORST = 3.0  # perplexity ratio still drawn

@@ -24,10 +24,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 import hf_softheads as sh
-from hf_softheads.bridge import Reader
+from hf_softheads.bridge import SplitModel
 from hf_softheads.heads import ProductVQ, TransformCoded
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.losses import KL
+from hf_softheads.plan import dense_head
 
 BATCH = 1024
 WINDOWS = 4  # a step of the second stage
@@ -48,7 +49,7 @@ def settings(dim: int) -> dict[str, tuple[HeadSpec, int, int, str]]:
 
 def tune_body(model: Any, dense: Any, rows: Tensor, steps: int, part: str, seed: int) -> Any:
     """Train the body or adapters in it, and the head, towards the dense model's distribution."""
-    student, teacher = Reader(model), Reader(dense)
+    student, teacher = SplitModel(model), SplitModel(dense)
     head: Any = student.head
     if part == "LoRA":
         torch.manual_seed(seed)
@@ -62,7 +63,7 @@ def tune_body(model: Any, dense: Any, rows: Tensor, steps: int, part: str, seed:
     groups = [{"params": body, "lr": LORA_LR if part == "LoRA" else BODY_LR}]
     for p in head.parameters():
         groups.append({"params": [p.requires_grad_(True)], "lr": SECOND * head.repair_lr(p)})
-    groups.append({"params": head.thaw(), "lr": SECOND * head.code_lr})
+    groups.append({"params": head.relax_codes(), "lr": SECOND * head.code_lr})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -84,7 +85,7 @@ def tune_body(model: Any, dense: Any, rows: Tensor, steps: int, part: str, seed:
         schedule.step()
         if step % 25 == 0:
             print(f"  second stage {step} of {steps}: {float(loss.detach()):.4f}", flush=True)
-    head.freeze()
+    head.round_codes()
     return model.requires_grad_(False)
 
 
@@ -109,7 +110,7 @@ def main() -> None:
             continue
         began = time.process_time()
         patched = sh.patch(copy.deepcopy(bench.model), head=spec, stats=bench.stats)
-        teacher = sh.dense_head(patched)
+        teacher = dense_head(patched)
         sh.repair_head(patched, teacher, rows, steps=steps, batch_size=BATCH, seed=arguments.seed)
         seconds = time.process_time() - began
         if not bench.has(label, spec, steps):  # another second stage begins with the same head

@@ -27,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from head_speed import DIM, SCREENS, SPECS, VOCAB
 
 from hf_softheads import heads
+from hf_softheads.files import write_json
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.results import provenance, write_json
-from hf_softheads.stats import HeadStats
+from hf_softheads.heads.stats import HeadStats
+from hf_softheads.report.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results" / "screens.json"
 CLUSTERS = (100, 2_000, 20_000)

@@ -15,9 +15,10 @@ import torch
 
 import hf_softheads as sh
 from hf_softheads.attention.base import AttentionSpec
-from hf_softheads.corpus import stdlib_documents
-from hf_softheads.embedded import load_embedded
-from hf_softheads.results import provenance, write_json
+from hf_softheads.files import write_json
+from hf_softheads.report.provenance import provenance
+from hf_softheads.text.embedded import load_embedded
+from hf_softheads.text.stdlib_corpus import stdlib_documents
 
 RESULTS = Path(__file__).parent / "results"
 WINDOWS = (512, 256)

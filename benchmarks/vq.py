@@ -22,12 +22,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from timing import compare
 
 import hf_softheads as sh
-from hf_softheads.corpus import stdlib_documents
-from hf_softheads.data import windows
-from hf_softheads.embedded import load_embedded
-from hf_softheads.plots import plot_frontier
-from hf_softheads.repair import repair_head
-from hf_softheads.results import provenance, write_json
+from hf_softheads.files import write_json
+from hf_softheads.plan import dense_head
+from hf_softheads.report.plots import plot_frontier
+from hf_softheads.report.provenance import provenance
+from hf_softheads.text.embedded import load_embedded
+from hf_softheads.text.stdlib_corpus import stdlib_documents
+from hf_softheads.text.windows import windows
+from hf_softheads.training.distill_head import repair_head
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -92,7 +94,7 @@ def main() -> None:
         for name, patched in (("published", published), ("repaired", repaired)):
             repair_head(
                 patched,
-                sh.dense_head(patched),
+                dense_head(patched),
                 train.input_ids,
                 steps=arguments.steps,
                 seed=arguments.seed,

@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from timing import compare, peak_memory
 
 import hf_softheads as sh
-from hf_softheads.kmeans import kmeans
-from hf_softheads.results import provenance, write_json
+from hf_softheads.files import write_json
+from hf_softheads.heads.fit.kmeans import kmeans
+from hf_softheads.report.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 VOCAB, DIM, TOKENS = 128_256, 2_048, 2_048

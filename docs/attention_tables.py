@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from sources import docstring, results, where
 
 from hf_softheads.attention.base import AttentionSpec
+from hf_softheads.attention.call import Geometry
 from hf_softheads.registry import variants
-from hf_softheads.tables import Table
+from hf_softheads.report.tables import Table
 
 
 def attention_table() -> str:
@@ -32,9 +34,15 @@ def attention_table() -> str:
             source,
             *("yes" if tag else "no" for tag in tags),
             inspect.getdoc(cls.init_params).rstrip(".") if own else "–",
-            "C++ kernel" if spec.row_map() else spec.path().partition(":")[0],
+            "C++ kernel" if spec.row_map() else _engines(spec),
         )
     return table.markdown()
+
+
+def _engines(spec: AttentionSpec) -> str:
+    geometry = Geometry(heads=2, kv_heads=1, head_dim=16, hidden_size=32)
+    choices = spec.module(geometry).engines(torch.zeros(()))
+    return ", ".join(dict.fromkeys(choice.engine.TITLE for choice in choices))
 
 
 def attention_speed_table() -> str:

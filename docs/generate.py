@@ -12,7 +12,7 @@ import head_tables as heads
 from sources import ROOT, results, where
 
 import hf_softheads  # noqa: F401 - registers every variant
-from hf_softheads.tables import Table, human_bytes
+from hf_softheads.report.tables import Table, human_bytes
 
 
 def losses_table() -> str:

@@ -9,7 +9,7 @@ import re
 from sources import faster, milliseconds, results, where, written
 
 from hf_softheads.registry import variants
-from hf_softheads.tables import Table, human_bytes
+from hf_softheads.report.tables import Table, human_bytes
 
 
 def vq_table() -> str:

@@ -8,8 +8,7 @@ see an ordinary one.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +18,9 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantizer
 
-from hf_softheads import bridge, cards
+from hf_softheads import bridge, patching
 from hf_softheads.config import METHOD, SoftheadsConfig
-from hf_softheads.heads.base import Head
-from hf_softheads.heads.softpool import ClassifierSpec
-from hf_softheads.results import write_json
-from hf_softheads.tables import human_bytes
-
-# Keys of config.json that make a transformers without this package refuse the folder, by name, instead of loading a
-# wrong model: recent versions read the first, older ones the second.
-_MARKERS = ("attn_implementation", "_attn_implementation")
-
-
-def plan_of(model: PreTrainedModel) -> SoftheadsConfig | None:
-    """The plan that a model is patched with, or None."""
-    plan = getattr(model.config, "quantization_config", None)
-    return plan if isinstance(plan, SoftheadsConfig) and isinstance(model, bridge.Adopted) else None
-
-
-def mark(model: PreTrainedModel, plan: SoftheadsConfig | None) -> None:
-    """Write the plan, and the marker that stops other readers, into the model's config; None removes both."""
-    fields = model.config.__dict__
-    if plan is None:
-        if isinstance(fields.get("quantization_config"), SoftheadsConfig):
-            del fields["quantization_config"]
-        for marker in _MARKERS:
-            fields.pop(marker, None)
-        return
-    plan.stats = None
-    fields["quantization_config"] = plan
-    for marker in _MARKERS:
-        fields[marker] = bridge.IMPLEMENTATION
+from hf_softheads.plan import MARKERS, mark
 
 
 @register_quantizer(METHOD)
@@ -75,7 +46,7 @@ class SoftheadsQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         # the marker has done its work; the real implementation is set when the variants are in place
-        for marker in _MARKERS:
+        for marker in MARKERS:
             config.__dict__.pop(marker, None)
         if config._attn_implementation == bridge.IMPLEMENTATION:
             config._attn_implementation = None
@@ -94,36 +65,18 @@ class SoftheadsQuantizer(HfQuantizer):
 
     def _build_structure(self, model: PreTrainedModel) -> None:
         """Put the plan's modules, still empty, where the checkpoint expects them."""
-        from hf_softheads import patching
-
         plan: SoftheadsConfig = self.quantization_config
         in_fp32: set[str] = set()
-        if isinstance(plan.head, ClassifierSpec):
-            if bridge.classifies(model):
+        bridge.subclass_patched(model)
+        for site, part in plan.by_site():
+            if site.is_in(model):
                 with torch.device("meta"):
-                    classifier = bridge.build_classifier(model, plan.head)
-                patching.cast(classifier, model.dtype)
-                patching.install_classifier(model, classifier)
-        elif plan.head is not None and model.get_output_embeddings() is not None:
-            path, dense = bridge.find_head(model)
-            vocab, dim = dense.weight.shape
-            dtype: torch.dtype = dense.weight.dtype
-            plan.head.check(dim, vocab)
-            with torch.device("meta"):
-                head = plan.head.module(dim, vocab, bias=getattr(dense, "bias", None) is not None)
-            patching.cast(head, dtype)
-            patching.install_head(model, head)
-            in_fp32.update(f"{path}.{name}" for name in head.keep_in_fp32)
-        if plan.attention is not None:
-            with torch.device("meta"):
-                variants = patching.build_variants(model, plan)
-            patching.install_attention(model, variants)
-            in_fp32.add(bridge.CHILD)
+                    new = site.build(model, part)
+                site.install(model, new)
+                in_fp32 |= site.in_fp32(model, new)
         _keep_in_fp32(model, in_fp32)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        from hf_softheads import patching
-
         plan: SoftheadsConfig = self.quantization_config
         if self.inner is not None:
             self.inner._process_model_after_weight_loading(model, **kwargs)
@@ -133,15 +86,15 @@ class SoftheadsQuantizer(HfQuantizer):
         else:
             _remove_quantized_marks(model)
         if self.patched:
-            bridge.adopt(model)
-            head = bridge.active_head(model)
-            if isinstance(head, Head):
-                head.transform = bridge.logit_transform(model)
+            bridge.subclass_patched(model)
+            for site, _ in plan.by_site():
+                if site.is_in(model):
+                    site.loaded(model)
             mark(model, plan)
         else:
             stats = plan.stats
             del model.config.quantization_config
-            patching.patch(model, plan.head, plan.attention, plan.layers, stats=stats)
+            patching.patch(model, stats=stats, **plan.keywords())
             model.config.quantization_config.inner = plan.inner
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -195,64 +148,6 @@ def _remove_quantized_marks(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.__dict__.pop("_is_quantized", None)
-
-
-def export(
-    model: Any, folder: str | Path, tokenizer: Any = None, results: Mapping[str, Any] | None = None
-) -> Path:
-    """Save a patched model, its tokenizer and its card as one folder, whole or not at all.
-
-    Everything is written beside `folder` under a temporary name and then renamed.
-
-    Args:
-        results: what `cards.write_card` renders; kept as `softheads_results.json` too.
-
-    Raises:
-        FileExistsError: `folder` exists and is not empty.
-        OSError: the place is not writable, or has too little room; nothing stays behind.
-    """
-    folder = Path(folder)
-    refuse_existing(folder)
-    needed = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    fresh = folder.with_name(folder.name + ".writing")
-    if fresh.exists():
-        raise FileExistsError(
-            f"{fresh} is in the way: another export is running, or was killed; remove it"
-        )
-    try:
-        fresh.mkdir(parents=True)
-    except OSError as error:
-        raise OSError(f"cannot write to {folder.parent}: {error.strerror or error}") from error
-    try:
-        free = shutil.disk_usage(fresh).free
-        if free < needed * 1.02:
-            raise OSError(
-                f"{folder} needs {human_bytes(needed)}, only {human_bytes(free)} are free"
-            )
-        model.save_pretrained(fresh)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(fresh)
-        if results is not None:
-            head = bridge.active_head(model) if model.get_output_embeddings() is not None else None
-            measured = cards.head_sizes(head) if isinstance(head, Head) else {}
-            results = {"sizes": measured, "repo": folder.name, **results}
-            write_json(fresh / cards.RESULTS, results)
-            cards.write_card(fresh, results)
-        if folder.exists():
-            folder.rmdir()
-        fresh.rename(folder)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    return folder
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raise FileExistsError if `folder` holds anything; for long work to ask before it starts."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"{folder} exists and is not empty; choose another folder or remove it"
-        )
 
 
 def check_files(files: Iterable[str | Path]) -> None:

@@ -10,16 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_softheads.registry import did_you_mean, variants
-from hf_softheads.tables import Table
-
-KINDS = ("head", "classifier", "attention", "loss")
+from hf_softheads import sites
+from hf_softheads.registry import did_you_mean, kinds, read_setting, variants
+from hf_softheads.report.tables import Table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run; 0 when it worked, 2 with one line of reason when it could not be done."""
     arguments = _parser().parse_args(argv)
-    from hf_softheads.results import quiet_unless_terminal
+    from hf_softheads.report.provenance import quiet_unless_terminal
 
     quiet_unless_terminal()
     try:
@@ -49,21 +48,26 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     listing = commands.add_parser("list", help="every variant, its fields and defaults")
-    listing.add_argument("kind", nargs="?", choices=KINDS)
+    listing.add_argument("kind", nargs="?", choices=kinds())
     listing.set_defaults(run=_list)
 
     patching = commands.add_parser("patch", help="patch a model and save it as safetensors")
     _add_model(patching)
-    patching.add_argument("--head", metavar="VARIANT")
-    patching.add_argument("--attention", metavar="VARIANT")
-    patching.add_argument("--layers", help="comma-separated layer indices for --attention")
+    for slot in sites.slots():
+        patching.add_argument(f"--{slot}", metavar="VARIANT", help=f"see: softheads list {slot}")
+    for site in sites.SITES:
+        for option in site.options:
+            help_text = f"comma-separated {option} that get the --{site.slot} variant"
+            patching.add_argument(f"--{option}", help=help_text)
     patching.add_argument(
-        "--set", action="append", default=[], metavar="KIND.FIELD=VALUE", help="e.g. head.codes=512"
+        "--set", action="append", default=[], metavar="SLOT.FIELD=VALUE", help="e.g. head.codes=512"
     )
     patching.add_argument(
         "--calibrate", metavar="DATA", help="text for the fit: a file, or 'stdlib'"
     )
-    patching.add_argument("--tokens", type=int, default=500_000, help="of that text, at most")
+    patching.add_argument(
+        "--tokens", type=int, default=500_000, help="maximum number of calibration tokens"
+    )
     patching.add_argument("--output", type=Path, required=True)
     patching.set_defaults(run=_patch)
 
@@ -73,16 +77,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(choosing)
     budget = choosing.add_mutually_exclusive_group(required=True)
     budget.add_argument(
-        "--bits", type=float, help="a weight of the dense head, everything included"
+        "--bits", type=float, help="bits per weight of the dense head, everything included"
     )
-    budget.add_argument("--bytes", type=float, metavar="BYTES", help="in all")
+    budget.add_argument("--bytes", type=float, metavar="BYTES", help="total bytes of the head")
     choosing.add_argument(
         "--calibrate",
         metavar="DATA",
         default="stdlib",
         help="text to fit and to judge on: a file, or 'stdlib'",
     )
-    choosing.add_argument("--tokens", type=int, default=131_072, help="of that text, at most")
+    choosing.add_argument(
+        "--tokens", type=int, default=131_072, help="maximum number of calibration tokens"
+    )
     choosing.add_argument(
         "--output", type=Path, help="patch the model with it and save it as safetensors"
     )
@@ -107,9 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     diagnosing.add_argument(
         "--data", default="stdlib", help="a text file, or 'stdlib' (held-out modules)"
     )
-    diagnosing.add_argument("--window", type=int, default=256, help="tokens a row")
-    diagnosing.add_argument("--rows", type=int, default=8)
-    diagnosing.add_argument("--epsilon", type=float, default=0.3, help="of the sink rates")
+    diagnosing.add_argument("--window", type=int, default=256, help="tokens per row")
+    diagnosing.add_argument("--rows", type=int, default=8, help="number of rows")
+    diagnosing.add_argument(
+        "--epsilon", type=float, default=0.3, help="threshold of the sink rates"
+    )
     diagnosing.add_argument(
         "--raw", action="store_true", help="do not divide rows by their sum before the sink rate"
     )
@@ -140,7 +148,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _list(arguments: argparse.Namespace) -> None:
     import hf_softheads  # noqa: F401 - registers every variant
 
-    for kind in [arguments.kind] if arguments.kind else KINDS:
+    for kind in [arguments.kind] if arguments.kind else kinds():
         table = Table([kind, "fields", "what it is"])
         for name, cls in variants(kind).items():
             fields = ", ".join(_field(f) for f in dataclasses.fields(cls))
@@ -156,30 +164,36 @@ def _field(field: dataclasses.Field[Any]) -> str:
 
 def _patch(arguments: argparse.Namespace) -> None:
     import hf_softheads as sh
-    from hf_softheads.checkpoint import refuse_existing
+    from hf_softheads.files import refuse_existing
 
-    chosen = {kind: getattr(arguments, kind) for kind in ("head", "attention")}
-    plan: dict[str, Any] = {kind: {"name": name} for kind, name in chosen.items() if name}
+    plan: dict[str, Any] = {}
+    for slot in sites.slots():
+        if name := getattr(arguments, slot):
+            plan[slot] = {"name": name}
     for setting in arguments.set:
-        kind, field, value = _setting(setting)
-        if kind not in plan:
-            raise ValueError(f"--set {setting} sets a field of {kind}, but there is no --{kind}")
-        plan[kind][field] = value
-    layers = None
-    if arguments.layers is not None:
-        layers = arguments.layers.split(",")
-    config = sh.SoftheadsConfig(**plan, layers=layers)  # before anything is loaded
+        key, value = read_setting(setting)
+        slot, dot, field = key.partition(".")
+        if not dot or slot not in sites.slots():
+            wanted = " or ".join(f"{slot}.FIELD=VALUE" for slot in sites.slots())
+            raise ValueError(f"--set takes {wanted}, got {setting!r}")
+        if slot not in plan:
+            raise ValueError(f"--set {setting} sets a field of {slot}, but there is no --{slot}")
+        plan[slot][field] = value
+    for option in sites.options():
+        if (given := getattr(arguments, option)) is not None:
+            plan[option] = given.split(",")
+    config = sh.SoftheadsConfig(**plan)  # before anything is loaded
     refuse_existing(arguments.output)
     model, tokenizer = _load(arguments.model, arguments.dtype)
     stats = _calibrated(model, tokenizer, arguments) if arguments.calibrate else None
-    sh.patch(model, config.head, config.attention, config.layers, stats=stats)
+    sh.patch(model, stats=stats, **config.keywords())
     print(sh.describe(model))
     _save(model, tokenizer, arguments)
 
 
 def _choose(arguments: argparse.Namespace) -> None:
     import hf_softheads as sh
-    from hf_softheads.checkpoint import refuse_existing
+    from hf_softheads.files import refuse_existing
 
     if arguments.output is not None:
         refuse_existing(arguments.output)
@@ -195,29 +209,19 @@ def _choose(arguments: argparse.Namespace) -> None:
 
 def _calibrated(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Any:
     import hf_softheads as sh
+    from hf_softheads.text.windows import windows
 
     text = _text(arguments.calibrate, "train")
-    rows = sh.data.windows(text, tokenizer, window=_window(model))
+    rows = windows(text, tokenizer, window=_window(model))
     return sh.collect(model, rows.shuffled(0).head(arguments.tokens))
 
 
 def _save(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
-    import hf_softheads as sh
-    from hf_softheads.checkpoint import export
+    from hf_softheads.export import export
+    from hf_softheads.report.provenance import provenance
 
-    results = {"base_model": arguments.model, "provenance": sh.provenance()}
+    results = {"base_model": arguments.model, "provenance": provenance()}
     print(f"saved to {export(model, arguments.output, tokenizer, results)}")
-
-
-def _setting(text: str) -> tuple[str, str, Any]:
-    key, equals, value = text.partition("=")
-    kind, dot, field = key.partition(".")
-    if not equals or not dot or kind not in ("head", "attention"):
-        raise ValueError(f"--set takes head.FIELD=VALUE or attention.FIELD=VALUE, got {text!r}")
-    try:
-        return kind, field, json.loads(value)
-    except json.JSONDecodeError:
-        return kind, field, value  # a bare word is a string
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -239,10 +243,11 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 def _diagnose(arguments: argparse.Namespace) -> None:
     import hf_softheads as sh
+    from hf_softheads.text.windows import windows
 
     text = _text(arguments.data, "heldout")
     model, tokenizer = _load(arguments.model, arguments.dtype)
-    rows = sh.data.windows(text, tokenizer, window=min(arguments.window, _window(model)))
+    rows = windows(text, tokenizer, window=min(arguments.window, _window(model)))
     batch = {"input_ids": rows.input_ids[: arguments.rows]}
     found = sh.diagnose(model, batch, epsilon=arguments.epsilon, renormalise=not arguments.raw)
     print(found.to_json() if arguments.json else found)
@@ -252,7 +257,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
 
 
 def _card(arguments: argparse.Namespace) -> None:
-    from hf_softheads import cards
+    from hf_softheads.report import cards
 
     source = arguments.results or arguments.folder / cards.RESULTS
     if not source.is_file():
@@ -264,7 +269,7 @@ def _load(name: str, dtype: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_softheads import embedded
+    from hf_softheads.text import embedded
 
     if name == embedded.NAME:
         return embedded.load_embedded(torch.float32 if dtype == "auto" else getattr(torch, dtype))
@@ -285,10 +290,9 @@ def _load(name: str, dtype: str) -> tuple[Any, Any]:
 
 
 def _text(source: str, split: Any) -> list[str]:
-    from hf_softheads.corpus import stdlib_documents
-    from hf_softheads.data import documents
+    from hf_softheads.text.documents import read
 
-    return stdlib_documents(split) if source == "stdlib" else documents(Path(source))
+    return list(read(source, split))
 
 
 def _window(model: Any) -> int:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_softheads.attention.base import AttentionSpec
-from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.softpool import ClassifierSpec
-from hf_softheads.registry import did_you_mean, spec_from_dict, variants
+from hf_softheads import sites
+from hf_softheads.registry import did_you_mean
+from hf_softheads.sites.base import Part, Site
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 METHOD = "softheads"
 FORMAT_VERSION = 1
-
-AttentionPlan = AttentionSpec | dict[int, AttentionSpec]
 
 
 @register_quantization_config(METHOD)
@@ -35,55 +32,71 @@ class SoftheadsConfig(QuantizationConfigMixin):
         layers: which layers get `attention`; default all. Negative indices count from the end.
         inner: the configuration of a real quantizer of the backbone, which runs first.
         stats: calibration statistics for the fit when patching while loading; never written to disk.
+        others: the keywords of further sites.
+
+    Raises:
+        ValueError: an unknown variant, field or keyword, a value of the wrong type, a newer format.
     """
+
+    head: Any
+    attention: Any
+    layers: Any
 
     def __init__(
         self,
-        head: HeadSpec | ClassifierSpec | Mapping[str, Any] | str | None = None,
-        attention: AttentionSpec | Mapping[Any, Any] | str | None = None,
+        head: Any = None,
+        attention: Any = None,
         layers: Sequence[int] | None = None,
         inner: Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         stats: HeadStats | None = None,
-        **unknown: Any,
+        **others: Any,
     ):
-        unknown.pop("quant_method", None)
-        if format_version > FORMAT_VERSION:
+        others.pop("quant_method", None)
+        _check_version(format_version)
+        given = {"head": head, "attention": attention, "layers": layers, **others}
+        valid = (*sites.slots(), *sites.options())
+        for name in given.keys() - valid:
             raise ValueError(
-                f"this model was saved by a newer hf_softheads (format {format_version}, this one reads up to "
-                f"{FORMAT_VERSION}); upgrade with `pip install -U hf_softheads`"
-            )
-        if unknown:
-            valid = ("head", "attention", "layers", "inner")
-            raise ValueError(
-                f"SoftheadsConfig has no field {sorted(unknown)[0]!r}; {did_you_mean(min(unknown), valid)}"
+                f"SoftheadsConfig has no field {name!r}; {did_you_mean(name, (*valid, 'inner'))}"
             )
         self.quant_method = METHOD
-        self.head: HeadSpec | ClassifierSpec | None = None if head is None else _head(head)
-        self.attention = None if attention is None else _attention_plan(attention)
-        self.layers = None if layers is None else [_layer_index(i) for i in layers]
-        if self.layers is not None and not isinstance(self.attention, AttentionSpec):
-            raise ValueError(
-                "layers= selects where one attention variant goes; it needs attention=variant"
-            )
         self.inner = inner
         self.format_version = format_version
         self.stats = stats
+        self.parts: dict[str, Part] = {}
+        for slot in sites.slots():
+            value = given.get(slot)
+            if value is not None:
+                site = sites.site_for(slot, value)
+                options = {name: given.get(name) for name in site.options}
+                self.parts[slot] = site.parse(value, options)
+            part = self.parts.get(slot)
+            setattr(self, slot, part and part.value)
+        self._set_options(given)
+
+    def _set_options(self, given: Mapping[str, Any]) -> None:
+        for site in sites.SITES:
+            part = self.parts.get(site.slot)
+            for name in site.options:
+                if part is None and given.get(name) is not None:
+                    raise ValueError(
+                        f"{name}= selects where one {site.slot} variant goes; it needs {site.slot}=variant"
+                    )
+                setattr(self, name, part and part.options.get(name))
+
+    def by_site(self) -> Iterator[tuple[Site, Part]]:
+        """Every site that the plan replaces, and by what."""
+        for slot, part in self.parts.items():
+            some = next(iter(part.value.values())) if isinstance(part.value, dict) else part.value
+            yield sites.site_for(slot, some), part
 
     def to_dict(self) -> dict[str, Any]:
-        attention: Any = self.attention
-        if isinstance(attention, dict):
-            attention = {str(i): spec.to_dict() for i, spec in attention.items()}
-        elif attention is not None:
-            attention = attention.to_dict()
-        return {
-            "quant_method": METHOD,
-            "format_version": self.format_version,
-            "head": self.head and self.head.to_dict(),
-            "attention": attention,
-            "layers": self.layers,
-            "inner": self.inner,
-        }
+        plan: dict[str, Any] = {"quant_method": METHOD, "format_version": self.format_version}
+        plan |= dict.fromkeys((*sites.slots(), *sites.options()))
+        for site, part in self.by_site():
+            plan |= site.to_json(part)
+        return {**plan, "inner": self.inner}
 
     def get(self, key: str, default: Any = None) -> Any:
         """transformers reads the plan of a live config, given to `from_pretrained`, as if it were its dictionary."""
@@ -93,54 +106,34 @@ class SoftheadsConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
     def for_pretrained(self) -> SoftheadsConfig:
-        """The plan with every attention variant as it starts in a trained model; see `AttentionSpec.for_pretrained`."""
-        attention = self.attention
-        if isinstance(attention, dict):
-            attention = {i: spec.for_pretrained() for i, spec in attention.items()}
-        elif attention is not None:
-            attention = attention.for_pretrained()
-        return SoftheadsConfig(self.head, attention, self.layers, self.inner, stats=self.stats)
+        """The plan with every variant as it starts in a trained model; see `AttentionSpec.for_pretrained`."""
+        parts = {site.slot: site.for_pretrained(part) for site, part in self.by_site()}
+        return self.with_parts(parts)
 
-    def attention_by_layer(self, count: int) -> dict[int, AttentionSpec]:
-        """`{layer index: variant}` for a model with `count` attention layers.
+    def with_parts(self, parts: Mapping[str, Part]) -> SoftheadsConfig:
+        """The same plan with other parts."""
+        return SoftheadsConfig(**_keywords(parts), inner=self.inner, stats=self.stats)
 
-        Raises:
-            ValueError: a layer index outside the model, or an empty selection.
-        """
-        if self.attention is None:
-            return {}
-        if isinstance(self.attention, dict):
-            wanted = dict(self.attention)
-        else:
-            chosen = range(count) if self.layers is None else self.layers
-            wanted = dict.fromkeys(chosen, self.attention)
-        for layer in wanted:
-            if not -count <= layer < count:
-                raise ValueError(
-                    f"layer {layer} does not exist: the model has layers 0 to {count - 1}"
-                )
-        if not wanted:
-            raise ValueError(
-                f"no layer selected; choose from 0 to {count - 1}, or leave layers out for all"
-            )
-        return {layer % count: spec for layer, spec in wanted.items()}
+    def keywords(self) -> dict[str, Any]:
+        """The parts as `patch` takes them."""
+        return _keywords(self.parts)
 
 
-def _head(data: Any) -> Any:
-    name = data.get("name") if isinstance(data, Mapping) else getattr(data, "name", data)
-    classifies = isinstance(name, str) and name in variants("classifier")
-    return spec_from_dict("classifier" if classifies else "head", data)
+def _keywords(parts: Mapping[str, Part]) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for slot, part in parts.items():
+        given |= {slot: part.value, **part.options}
+    return given
 
 
-def _attention_plan(attention: Any) -> AttentionPlan:
-    if isinstance(attention, Mapping) and "name" not in attention:
-        return {_layer_index(i): spec_from_dict("attention", spec) for i, spec in attention.items()}
-    spec: AttentionSpec = spec_from_dict("attention", attention)
-    return spec
-
-
-def _layer_index(value: Any) -> int:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"a layer is an integer, got {value!r}") from None
+def _check_version(version: Any) -> None:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(
+            f"this model's plan has format_version {version!r}, but a format is a whole number from 1 to "
+            f"{FORMAT_VERSION}; its config.json is damaged, save or download it again"
+        )
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"this model was saved by a newer hf_softheads (format {version}, this one reads up to "
+            f"{FORMAT_VERSION}); upgrade with `pip install -U hf_softheads`"
+        )

@@ -15,26 +15,30 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_softheads.cards import head_sizes, stage_table
-from hf_softheads.checkpoint import export
-from hf_softheads.corpus import stdlib_documents
-from hf_softheads.data import windows
-from hf_softheads.description import describe
-from hf_softheads.embedded import load_embedded
-from hf_softheads.evaluation import evaluate
+from hf_softheads.export import export
+from hf_softheads.files import write_json
 from hf_softheads.heads.base import Head
+from hf_softheads.heads.forms.vq_module import VQHead
 from hf_softheads.heads.transform_coded import TransformCoded
-from hf_softheads.heads.vq import VQ, VQHead
-from hf_softheads.patching import dense_head, patch
-from hf_softheads.plots import plot_stages
-from hf_softheads.repair import repair_head
-from hf_softheads.results import provenance, quiet_unless_terminal, write_json
-from hf_softheads.stats import collect
+from hf_softheads.heads.vq import VQ
+from hf_softheads.measure.calibration import collect
+from hf_softheads.measure.evaluation import evaluate
+from hf_softheads.measure.sizes import head_sizes
+from hf_softheads.patching import patch
+from hf_softheads.plan import dense_head
+from hf_softheads.report.cards import stage_table
+from hf_softheads.report.describe import describe
+from hf_softheads.report.plots import plot_stages
+from hf_softheads.report.provenance import provenance, quiet_unless_terminal
+from hf_softheads.text.embedded import load_embedded
+from hf_softheads.text.stdlib_corpus import stdlib_documents
+from hf_softheads.text.windows import windows
+from hf_softheads.training.distill_head import repair_head
 
 PROMPT = "def __init__(self,"
 _RELOAD = """
 import sys, torch
-from hf_softheads.results import quiet_unless_terminal
+from hf_softheads.report.provenance import quiet_unless_terminal
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_softheads

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import json
 import pkgutil
 import types
 import typing
@@ -60,10 +61,20 @@ class Spec:
         values = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return {"name": self.name, **values}
 
+    def short(self) -> str:
+        """`name(field=value, …)` with the fields that differ from their default."""
+        set_here = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)}' for f in set_here)})"
+
 
 def variants(kind: str) -> dict[str, type[Spec]]:
     """All registered variants of a kind, sorted by name."""
     return dict(sorted(Spec._registered[kind].items()))
+
+
+def kinds() -> tuple[str, ...]:
+    """Every kind of variant, in the order in which they were defined."""
+    return tuple(Spec._registered)
 
 
 def spec_from_dict(kind: str, data: Mapping[str, Any] | str | Spec) -> Any:
@@ -118,6 +129,21 @@ def import_variants(package: str) -> dict[str, type[Spec]]:
             if defined_here and isinstance(value, type) and issubclass(value, Spec) and value.name:
                 found[value.__name__] = value
     return found
+
+
+def read_setting(text: str) -> tuple[str, Any]:
+    """`FIELD=VALUE` from a command line: the value as JSON, or as the word that it is.
+
+    Raises:
+        ValueError: there is no `=`.
+    """
+    field, equals, value = text.partition("=")
+    if not equals or not field:
+        raise ValueError(f"--set takes FIELD=VALUE, got {text!r}")
+    try:
+        return field, json.loads(value)
+    except json.JSONDecodeError:
+        return field, value  # a bare word is a string
 
 
 def did_you_mean(asked: str, known: Iterable[str]) -> str:

@@ -5,9 +5,9 @@
     accelerate launch recipes/finetune.py --repair head --set model=ID --set head=product_vq --output runs/head
     accelerate launch recipes/finetune.py --repair lora --set model=runs/head/model --set teacher=ID --output runs/lora
 
-An experiment is one JSON file (fields: see `Finetune`). `--repair` is the short form of two: distil the dense head into
-the new one, the body frozen; then distil the dense model into adapters on the body and the head. `--set` changes a
-field.
+An experiment is one JSON file (fields: see `experiment.py`). `--repair` is the short form of two: distil the dense head
+into the new one, the body frozen; then distil the dense model into adapters on the body and the head. `--set` changes
+a field.
 
 The output folder holds the experiment, the patched model before training (`start`), checkpoints, `results.json` with
 provenance, and the trained model (`model`; for adapters merged, and apart in `adapter`). Killed or stopped and started
@@ -24,9 +24,8 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import checkpoints
 import finishing
@@ -34,15 +33,12 @@ import preparing
 import torch
 import transformers
 from accelerate.utils import set_seed
-from text_rows import Packing
+from experiment import Experiment
 from tqdm import tqdm
 
 import hf_softheads as sh
-from hf_softheads.embedded import NAME as EMBEDDED
-from hf_softheads.heads.base import HeadSpec
-from hf_softheads.losses.base import LossSpec
-from hf_softheads.orthograd import OrthoGrad
-from hf_softheads.registry import Spec, spec_from_dict
+from hf_softheads.registry import read_setting, spec_from_dict
+from hf_softheads.training.orthograd import OrthoGrad
 
 REPAIRS: dict[str, dict[str, Any]] = {
     "head": {"train": "head", "losses": {"kl": 1.0}, "lr": 3e-3},
@@ -50,102 +46,7 @@ REPAIRS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Experiment(Spec, kind="experiment"):
-    """What a recipe does, as JSON: `{"name": "finetune", field: value, …}`."""
-
-
-@dataclass(frozen=True)
-class Finetune(Experiment, name="finetune"):
-    """Everything that decides the result. A folder of another experiment is refused.
-
-    model: `embedded`, a Hub id, or a folder (patched or not); `head`, `attention`: what to patch first.
-    train: `head` (the body is frozen), `lora` (adapters on the body; a replaced head and attention wholly), `full`.
-    losses: `{"kl": 1.0}` or `[{"name": "kl", "temperature": 2.0, "weight": 1.0}, …]`; default `kl` for `head`, else
-        `cross_entropy`. teacher: a model for distillation losses; default the model before it is patched here (for
-        `head` its head, on the same hidden states). backend: see `Objective`.
-    data, split, text_column, streaming: see `text_rows.documents`; eval_data, eval_split: the same for held-out text.
-    packing: see `text_rows.rows`. window: tokens a row; batch: rows an optimizer step over all processes; micro_batch:
-        rows a forward pass of one process (0: all it has).
-    optimizer: AdamW, or AdamW behind ⊥Grad. warmup: share of the steps. schedule: how the rate falls to zero.
-    precision: of the computation; `auto` is bf16 where the hardware has it. dtype: of the weights.
-    calibration_tokens: for `sh.collect` before the head is fitted.
-    eval_every, checkpoint_every: in steps, 0 for never; keep: how many checkpoints.
-    """
-
-    model: str = EMBEDDED
-    head: HeadSpec | None = None
-    attention: Any = None
-    train: Literal["head", "lora", "full"] = "head"
-    losses: Any = None
-    teacher: str | None = None
-    backend: str | None = None
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = ()
-    dora: bool = False
-    data: str = "stdlib"
-    split: str = "train"
-    text_column: str = "text"
-    streaming: bool = False
-    eval_data: str | None = None
-    eval_split: str | None = None
-    packing: Packing = "documents"
-    window: int = 512
-    batch: int = 8
-    micro_batch: int = 0
-    steps: int = 200
-    lr: float = 1e-3
-    optimizer: Literal["adamw", "orthograd"] = "adamw"
-    weight_decay: float = 0.0
-    warmup: float = 0.05
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    clip: float = 1.0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    gradient_checkpointing: bool = False
-    calibration_tokens: int = 131_072
-    eval_tokens: int = 65_536
-    eval_every: int = 100
-    checkpoint_every: int = 100
-    keep: int = 2
-    tracker: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for field in ("steps", "batch", "window", "keep"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        self.weighted_losses()
-
-    def weighted_losses(self) -> dict[LossSpec, float]:
-        given = self.losses or ({"kl": 1.0} if self.train == "head" else {"cross_entropy": 1.0})
-        if isinstance(given, dict):
-            given = [{"name": name, "weight": weight} for name, weight in given.items()]
-        found: dict[LossSpec, float] = {}
-        for entry in given:
-            entry = {"name": entry} if isinstance(entry, str) else dict(entry)
-            weight = float(entry.pop("weight", 1.0))
-            found[spec_from_dict("loss", entry)] = weight
-        return found
-
-    def rate(self, step: int) -> float:
-        """The learning rate's factor at a step."""
-        warmup = max(1, round(self.warmup * self.steps))
-        if step < warmup:
-            return (step + 1) / warmup
-        done = (step - warmup) / max(1, self.steps - warmup)
-        return {
-            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-            "linear": 1 - done,
-            "constant": 1.0,
-        }[self.schedule]
-
-
-def run(experiment: Finetune, output: Path) -> dict[str, Any]:
+def run(experiment: Experiment, output: Path) -> dict[str, Any]:
     """Train, or continue training, and write everything to `output`; the results.
 
     Raises:
@@ -281,11 +182,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         transformers.utils.logging.disable_progress_bar()
     fields = dict(REPAIRS[given.repair]) if given.repair else _read(given.config)
     for setting in given.set:
-        field, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes FIELD=VALUE, got {setting!r}")
-        fields[field] = _value(value)
-    return run(spec_from_dict("experiment", {"name": "finetune", **fields}), given.output)
+        field, value = read_setting(setting)
+        fields[field] = value
+    return run(spec_from_dict("experiment", {"name": "experiment", **fields}), given.output)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -294,14 +193,6 @@ def _read(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     return fields
-
-
-def _value(text: str) -> Any:
-    """JSON, or a plain string."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 if __name__ == "__main__":

@@ -5,22 +5,21 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import checkpoints
 import export
 import preparing
 import torch
 from accelerate import Accelerator
-from text_rows import Row
+from experiment import Experiment
 from torch import nn
 from transformers import PreTrainedModel
 
 import hf_softheads as sh
-from hf_softheads.results import provenance, write_json
-
-if TYPE_CHECKING:
-    from finetune import Finetune
+from hf_softheads.files import write_json
+from hf_softheads.report.provenance import provenance
+from hf_softheads.text.packing import Row
 
 
 @torch.no_grad()
@@ -63,7 +62,7 @@ def not_finite(
 
 
 def finish(
-    experiment: Finetune,
+    experiment: Experiment,
     output: Path,
     accelerator: Accelerator,
     model: nn.Module,
@@ -105,7 +104,7 @@ def finish(
 
 
 def stages(
-    experiment: Finetune, output: Path, final: PreTrainedModel, held_out: Row
+    experiment: Experiment, output: Path, final: PreTrainedModel, held_out: Row
 ) -> list[dict[str, Any]]:
     """Quality of the original, of the patched model before training, and after it."""
     dtype = getattr(torch, experiment.dtype)

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import (
@@ -19,22 +19,21 @@ from accelerate import (
 )
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
-from text_rows import Batches, Row, documents, rows, stacked
+from experiment import Experiment
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_softheads as sh
 from hf_softheads.bridge import CHILD, find_head, output_head, vocabulary
-from hf_softheads.checkpoint import plan_of
-from hf_softheads.embedded import NAME as EMBEDDED
-from hf_softheads.embedded import load_embedded
-from hf_softheads.results import write_json
+from hf_softheads.files import write_json
+from hf_softheads.plan import plan_of
+from hf_softheads.text.documents import read
+from hf_softheads.text.embedded import NAME as EMBEDDED
+from hf_softheads.text.embedded import load_embedded
+from hf_softheads.text.packing import Batches, Row, rows, stacked
 
-if TYPE_CHECKING:
-    from finetune import Finetune
 
-
-def claim(experiment: Finetune, output: Path) -> None:
+def claim(experiment: Experiment, output: Path) -> None:
     """Make the folder this experiment's, or see that it is."""
     path = output / "experiment.json"
     mine = json.loads(json.dumps(experiment.to_dict()))
@@ -52,7 +51,7 @@ def claim(experiment: Finetune, output: Path) -> None:
         write_json(path, mine)
 
 
-def launch(experiment: Finetune, output: Path) -> Accelerator:
+def launch(experiment: Experiment, output: Path) -> Accelerator:
     """The accelerator, refused where processes were launched that do not know of each other."""
     precision = experiment.precision
     if precision == "auto":
@@ -114,7 +113,7 @@ def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     )
 
 
-def prepare_start(experiment: Finetune, output: Path) -> None:
+def prepare_start(experiment: Experiment, output: Path) -> None:
     """The patched model before training, in `output/start`: made once, for all processes and restarts."""
     start = output / "start"
     if start.exists():
@@ -148,7 +147,7 @@ def prepare_start(experiment: Finetune, output: Path) -> None:
     fresh.rename(start)
 
 
-def trainable(experiment: Finetune, output: Path) -> tuple[nn.Module, Any]:
+def trainable(experiment: Experiment, output: Path) -> tuple[nn.Module, Any]:
     """The model with what is to be trained marked, and its tokenizer."""
     dtype = getattr(torch, experiment.dtype)
     model, tokenizer = load(str(output / "start"), dtype)
@@ -185,7 +184,7 @@ def trainable(experiment: Finetune, output: Path) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
-def teacher_of(experiment: Finetune) -> nn.Module | None:
+def teacher_of(experiment: Experiment) -> nn.Module | None:
     """What the losses compare with: a model, or for head repair the original head alone."""
     wanting = [loss for loss in experiment.weighted_losses() if loss.needs_teacher]
     if not wanting:
@@ -198,13 +197,13 @@ def teacher_of(experiment: Finetune) -> nn.Module | None:
     return teacher.requires_grad_(False)
 
 
-def training_text(experiment: Finetune) -> Any:
-    return documents(
+def training_text(experiment: Experiment) -> Any:
+    return read(
         experiment.data, experiment.split, experiment.text_column, streaming=experiment.streaming
     )
 
 
-def training_batches(experiment: Finetune, tokenizer: Any, first: int, count: int) -> Batches:
+def training_batches(experiment: Experiment, tokenizer: Any, first: int, count: int) -> Batches:
     e = experiment
 
     def make() -> Iterator[Row]:
@@ -214,13 +213,13 @@ def training_batches(experiment: Finetune, tokenizer: Any, first: int, count: in
     return Batches(make, batch=e.batch, first=first, count=count, seed=seed)
 
 
-def evaluation_rows(experiment: Finetune, tokenizer: Any) -> Row | None:
+def evaluation_rows(experiment: Experiment, tokenizer: Any) -> Row | None:
     """Held-out rows, or None where the experiment names none."""
     source, split = experiment.eval_data, experiment.eval_split
     if source is None and split is None:
         if experiment.data != "stdlib":
             return None
         split = "heldout"
-    texts = documents(source or experiment.data, split or experiment.split, experiment.text_column)
+    texts = read(source or experiment.data, split or experiment.split, experiment.text_column)
     count = max(1, experiment.eval_tokens // experiment.window)
     return stacked(itertools.islice(rows(texts, tokenizer, experiment.window, "stream"), count))

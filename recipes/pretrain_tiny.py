@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_softheads.corpus import stdlib_documents
+from hf_softheads.text.stdlib_corpus import stdlib_documents
 
 END = "<|endoftext|>"
 PROMPT = "def __init__(self,"

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import hf_softheads as sh
-from hf_softheads.checkpoint import export
+from hf_softheads.export import export
 
 from .conftest import VOCAB, make_model
 
@@ -265,7 +265,7 @@ def test_export_interrupted_in_the_middle_leaves_nothing(patched, tmp_path, monk
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_softheads.checkpoint.cards.write_card", fail)
+    monkeypatch.setattr("hf_softheads.report.cards.write_card", fail)
     with pytest.raises(OSError, match="No space left"):
         export(patched, tmp_path / "out", results={"stages": []})
     assert list(tmp_path.iterdir()) == []

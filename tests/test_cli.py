@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_softheads import embedded, heads
+from hf_softheads import heads
 from hf_softheads.cli import main
 from hf_softheads.registry import spec_from_dict
+from hf_softheads.text import embedded
 
 TEXT = "def add(a, b):\n    return a + b\n\n" * 200
 
@@ -82,7 +83,7 @@ def test_patch_with_calibration_and_layers(text, tmp_path, capsys):
 
 def test_choose_prints_its_table_and_saves_the_best(text, tmp_path, capsys, monkeypatch):
     few = {"vq": heads.VQ, "quantized": heads.Quantized}
-    monkeypatch.setattr(import_module("hf_softheads.choose"), "variants", lambda kind: few)
+    monkeypatch.setattr(import_module("hf_softheads.measure.choose"), "variants", lambda kind: few)
     out = tmp_path / "chosen"
     command = ["choose", "embedded", "--bits", "5", "--calibrate", str(text), "--output", str(out)]
     with pytest.warns(UserWarning, match=r"they need about (8,192|3,072)"):
@@ -135,7 +136,7 @@ def test_card(exported, tmp_path, capsys):
         ("patch embedded --output out", "nothing to do"),
         ("patch no/such/folder --head dense --output out", "cannot load 'no/such/folder'"),
         ("choose embedded --bits 0.001 --tokens 9000", "no head fits into 0.001 bits"),
-        ("eval embedded --data nothing.txt", "no such text file: nothing.txt"),
+        ("eval embedded --data nothing.txt", "no such file or folder: nothing.txt"),
         ("card .", "no results to put on the card"),
     ],
 )
@@ -148,7 +149,7 @@ def test_wrong_input_is_one_line(command, message, capsys, tmp_path, monkeypatch
 def test_empty_and_short_text(tmp_path, capsys):
     file = tmp_path / "text.txt"
     file.write_text(" \n")
-    assert "the text is empty" in fails(capsys, "eval", "embedded", "--data", file)
+    assert "holds no text" in fails(capsys, "eval", "embedded", "--data", file)
     file.write_text("x = 1\n")
     assert "less than one window of 512" in fails(capsys, "eval", "embedded", "--data", file)
 

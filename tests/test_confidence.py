@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_softheads import confidence
+from hf_softheads.measure import confidence
 
 
 @pytest.fixture

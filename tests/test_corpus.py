@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_softheads import corpus
+from hf_softheads.text import stdlib_corpus as corpus
 
 
 def library(root: Path, monkeypatch: pytest.MonkeyPatch, *, tests: bool) -> set[str]:

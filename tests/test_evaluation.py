@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 import hf_softheads as sh
-from hf_softheads.data import windows
+from hf_softheads.heads.stats import HeadStats
+from hf_softheads.plan import dense_head
+from hf_softheads.text.windows import windows
 
 from .conftest import VOCAB, make_model
 
@@ -79,7 +81,7 @@ def test_the_dense_head_as_reference(model):
     rows = torch.randint(3, VOCAB, (3, 16), generator=torch.Generator().manual_seed(0))
     dense = make_model("gemma2")
     sh.patch(model, head=sh.heads.VQ(codes=24))
-    mine = sh.evaluate(model, rows, reference=sh.dense_head(model))
+    mine = sh.evaluate(model, rows, reference=dense_head(model))
     whole = sh.evaluate(model, rows, reference=dense)
     assert mine.kl == near(whole.kl, rel=1e-5)
     assert mine.kl > 0.01
@@ -165,7 +167,7 @@ def test_other_wrong_inputs(model, tmp_path):
 def test_statistics(model):
     rows = torch.randint(3, VOCAB, (7, 16), generator=torch.Generator().manual_seed(0))
     stats = sh.collect(model, rows, batch_size=2, states=1000)
-    reader = sh.bridge.Reader(model)
+    reader = sh.bridge.SplitModel(model)
     with torch.no_grad():
         hidden = reader.hidden(input_ids=rows)[:, :-1].flatten(0, 1).double()
         p = model(rows).logits[:, :-1].flatten(0, 1).double().softmax(-1)
@@ -197,13 +199,13 @@ def test_sampled_states_are_uniform_and_repeatable(model):
 def test_statistics_on_disk(model, tokens, tmp_path):
     stats = sh.collect(model, tokens)
     stats.save(tmp_path / "stats.safetensors")
-    again = sh.HeadStats.load(tmp_path / "stats.safetensors")
+    again = HeadStats.load(tmp_path / "stats.safetensors")
     assert again.tokens == stats.tokens
     assert torch.equal(again.states, stats.states)
     assert [p.name for p in tmp_path.iterdir()] == ["stats.safetensors"]
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="no head statistics"):
-        sh.HeadStats.load(tmp_path / "model" / "model.safetensors")
+        HeadStats.load(tmp_path / "model" / "model.safetensors")
 
 
 def test_statistics_of_a_patched_model_are_refused(model, tokens):

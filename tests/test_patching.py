@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_softheads as sh
-from hf_softheads.attention import native
+from hf_softheads.attention.engines import cpp
 from hf_softheads.kernels import KernelUnavailable
+from hf_softheads.plan import dense_head
 
 from .conftest import SIZES, VOCAB, make_model
 
@@ -89,7 +90,7 @@ def test_a_loaded_model_cannot_be_unpatched(model, tmp_path):
     with pytest.raises(ValueError, match="load the original"):
         sh.unpatch(loaded)
     with pytest.raises(ValueError, match="does not hold its dense head"):
-        sh.dense_head(loaded)
+        dense_head(loaded)
 
 
 def test_a_loaded_model_gets_its_softmax_back(model, tokens, tmp_path):
@@ -202,7 +203,7 @@ def test_an_encoder_s_attention(tokens):
     ],
 )
 def test_a_required_kernel_that_is_missing(model, tokens, monkeypatch, arguments, reason):
-    monkeypatch.setattr(native, "unavailable", lambda: "no compiler")
+    monkeypatch.setattr(cpp, "unavailable", lambda: "no compiler")
     refused(model, tokens, KernelUnavailable, reason, kernels="require", **arguments)
 
 

@@ -21,7 +21,7 @@ def test_variant_is_named_after_its_file_and_exported(kind, name):
     assert cls.__module__.rpartition(".")[2] == name
     package = {
         "head": sh.heads,
-        "classifier": sh.heads,
+        "classifier": sh.classifiers,
         "attention": sh.attention,
         "loss": sh.losses,
     }[kind]
@@ -49,7 +49,7 @@ def test_round_trip():
     config = sh.SoftheadsConfig(head=spec, attention={0: "softmax", -1: sh.attention.SSMax()})
     again = sh.SoftheadsConfig.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()
-    assert again.attention_by_layer(4) == {0: sh.attention.Softmax(), 3: sh.attention.SSMax()}
+    assert again.attention == {0: sh.attention.Softmax(), -1: sh.attention.SSMax()}
 
 
 @pytest.mark.parametrize(

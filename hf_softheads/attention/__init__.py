@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from hf_softheads.attention.base import Geometry as Geometry
 from hf_softheads.attention.base import attend as attend
+from hf_softheads.attention.call import Geometry as Geometry
 from hf_softheads.registry import did_you_mean, import_variants
 
 _classes = import_variants(__name__)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_softheads.attention.base import AttentionSpec, Params, softmax
-from hf_softheads.attention.native import RowMap
+from hf_softheads.attention.base import AttentionSpec, softmax
+from hf_softheads.attention.call import Params, RowMap
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_softheads.attention.base import Geometry, Params, per_head
+from hf_softheads.attention.base import per_head
+from hf_softheads.attention.call import Geometry, Params
 from hf_softheads.attention.entmax15 import Entmax15
 
 

@@ -2,100 +2,38 @@
 
 A variant overrides one of two methods of `AttentionSpec`, or both:
 
-* `weights(scores, keep, params)`: another row map. Runs over blocks of queries (`blocked.py`).
-* `scale_queries(query, n_keys, params, hidden)`: the softmax with another temperature. Runs on torch's fused kernel.
+* `weights(scores, keep, params)`: another row map.
+* `scale_queries(query, n_keys, params, hidden)`: the softmax with another temperature.
 
-On a CPU both run in the C++ kernel where a compiler is found and `row_map` names the kernel's equal of `weights`; on an
-accelerator row maps run on flex_attention where `flex_form` says how.
+Which engine computes it (`engines/`) is not the variant's business. It may say more about its row map, by which faster
+engines recognise it: `row_map` its name and constants, `score_form` what it does to a single score, `sink_logits` that
+it is a softmax with one more key.
 
 A variant that is more than a row map (normalised keys, an output gate, a mixture) overrides `forward`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from hf_softheads.attention import blocked, flex, fused, native
-from hf_softheads.attention.native import RowMap
+from hf_softheads.attention import engines
+from hf_softheads.attention.call import (
+    SOFTMAX,
+    Call,
+    Geometry,
+    Inputs,
+    NewValues,
+    Params,
+    RowMap,
+    ScoreForm,
+    wide,
+)
 from hf_softheads.registry import Spec
-
-Params = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The shape of one attention layer."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden_size: int
-    layer_idx: int = 0
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """One attention call.
-
-    Attributes:
-        query: `(B, H, Q, D)`.
-        key: `(B, Hkv, K, D)`; query head h reads key head `h // (H // Hkv)`.
-        value: `(B, Hkv, K, Dv)`.
-        keep: bool `(1|B, 1|H, Q, K)`, True where a query may see a key; None: causal, the last query sees all keys.
-        scaling: factor of `query · key`.
-        softcap: scores become `softcap · tanh(scores / softcap)`.
-        bias: float, broadcastable to `(B, H, Q, K)`, added to the scores.
-        slopes: `(H,)`, adds `slopes · (m - n)`, m the index of the query's own key, n that of the key (ALiBi).
-        window: a query sees only the `window` latest of its keys, its own one included.
-        hidden: the layer's input `(B, Q, hidden_size)`, for variants with `needs_hidden`.
-        causal: the own key of a query is the last one it sees; otherwise the one at its own index (encoders).
-        dropout: probability with which a weight is dropped and the others grow, in training.
-        tempered: `value` has gone through `AttentionSpec.temper_values` before it entered a cache.
-        observe: called with every block of weights, see `blocked.Observer`; nothing is fused then.
-        compiled: False keeps the C++ kernel and flex_attention out.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    keep: Tensor | None
-    scaling: float
-    softcap: float | None = None
-    bias: Tensor | None = None
-    slopes: Tensor | None = None
-    window: int | None = None
-    hidden: Tensor | None = None
-    causal: bool = True
-    dropout: float = 0.0
-    tempered: bool = False
-    observe: blocked.Observer | None = None
-    compiled: bool = True
-
-    def but(self, **changes: Any) -> Inputs:
-        """A copy with some fields replaced."""
-        return dataclasses.replace(self, **changes)
-
-    def n_keys(self) -> Tensor:
-        """How many keys each query sees, `(1|B, 1|H, Q, 1)` int64; from the mask, never from positions."""
-        if self.keep is not None:
-            return self.keep.sum(-1, keepdim=True)
-        queries, keys = self.query.shape[2], self.key.shape[2]
-        seen = torch.arange(keys - queries + 1, keys + 1, device=self.query.device)
-        return seen.view(1, 1, -1, 1)
-
-
-@dataclass(frozen=True)
-class Entering:
-    """Values `(B, Hkv, T, Dv)` on their way into a cache, and the layer's input `(B, T, hidden_size)` behind them."""
-
-    value: Tensor
-    hidden: Tensor
 
 
 @dataclass(frozen=True)
@@ -140,35 +78,28 @@ class AttentionSpec(Spec, kind="attention"):
         self, scores: Tensor, keep: Tensor, params: Params, grad: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The weights and the gradients of scores and parameters; override where a closed form is faster."""
-        return blocked.weights_vjp(self.weights, scores, keep, params, grad)
+        return autograd_vjp(self.weights, scores, keep, params, grad)
 
     def row_map(self) -> RowMap | None:
-        """The C++ kernel's row map that equals `weights`; None where it has none, as for maps with parameters."""
-        return None if self._overrides("weights") else native.SOFTMAX
+        """The name that equals `weights` in an engine's table of row maps; None where no table has it, as for maps with
+        parameters."""
+        return None if self._overrides("weights") else SOFTMAX
 
-    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form | None:
-        """This row map for flex_attention; None where it has none. Override it together with `weights`."""
-        return None if self._overrides("weights") else flex.Form()
+    def score_form(self, inputs: Inputs, params: Params) -> ScoreForm | None:
+        """This row map as a function of single scores; None where it is none. Override it together with `weights`."""
+        return None if self._overrides("weights") else ScoreForm()
+
+    def sink_logits(self, inputs: Inputs, params: Params) -> Tensor | None:
+        """`(H,)`: the row map is a softmax over one more key a head, of this score and of value 0; None: it is not."""
+        return None
 
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
         """Attention output `(B, H, Q, Dv)`, fp32 or the inputs' dtype."""
         if self._overrides("scale_queries"):
-            query = fused.wide(inputs.query)
+            query = wide(inputs.query)
             scaled = self.scale_queries(query, inputs.n_keys().clamp(min=1), params, inputs.hidden)
-            inputs = inputs.but(query=scaled)
-        row_map = self.row_map()
-        if row_map is not None and native.possible(inputs):
-            return native.attend(row_map, inputs)
-        if not self._overrides("weights") and fused.possible(inputs):
-            return fused.attend(inputs)
-        form = self.flex_form(inputs, params) if flex.possible(inputs) else None
-        return blocked.attend(self, inputs, params) if form is None else flex.attend(inputs, form)
-
-    def path(self) -> str:
-        """How a layer with this variant runs, for `describe`."""
-        plain = not self._overrides("weights")
-        way = "scaled_dot_product_attention" if plain else "query blocks"
-        return native.path(way) if self.row_map() else f"{way}: no kernel has this row map"
+            inputs = inputs.replace(query=scaled)
+        return engines.attend(Call(self, inputs, params))
 
     def module(self, geometry: Geometry) -> AttentionVariant:
         """The module that a patched layer holds as its child `softheads`."""
@@ -202,12 +133,34 @@ class AttentionVariant(nn.Module):
             if not getattr(parameter, "_is_hf_initialized", False):
                 parameter.copy_(value)
 
-    def forward(self, inputs: Inputs | Entering) -> Tensor:
-        """`(B, H, Q, Dv)` in the query's dtype; for `Entering`, its values as they enter the cache."""
+    def forward(self, inputs: Inputs | NewValues) -> Tensor:
+        """`(B, H, Q, Dv)` in the query's dtype; for `NewValues`, its values as they enter the cache."""
         params = dict(self.named_parameters(recurse=False))
-        if isinstance(inputs, Entering):
+        if isinstance(inputs, NewValues):
             return self.spec.temper_values(inputs.value, inputs.hidden, params)
-        return run(self.spec, params, inputs.but(compiled=self.kernels != "off"))
+        return run(self.spec, params, inputs.replace(compiled=self.kernels != "off"))
+
+    def engines(self, like: Tensor, queries: int = 2, dropout: float = 0.0) -> list[engines.Choice]:
+        """Which engine computes a causal call of `queries` queries in the dtype and on the device of `like`, and why
+        those asked before it do not; one for each row map of the variant."""
+        shape = self.geometry
+        query = like.new_zeros(1, shape.heads, queries, shape.head_dim)
+        key = like.new_zeros(1, shape.kv_heads, queries, shape.head_dim)
+        chosen: list[engines.Choice] = []
+        inputs = Inputs(
+            query=query,
+            key=key,
+            value=key,
+            keep=None,
+            scaling=1.0,
+            hidden=like.new_zeros(1, queries, shape.hidden_size),
+            dropout=dropout,
+            compiled=self.kernels != "off",
+            trace=chosen.append,
+        )
+        with torch.no_grad():
+            run(self.spec, dict(self.named_parameters(recurse=False)), inputs)
+        return chosen
 
     def extra_repr(self) -> str:
         return repr(self.spec)
@@ -282,9 +235,30 @@ def run(spec: AttentionSpec, params: Params, inputs: Inputs) -> Tensor:
             f"{spec.name} reads the layer's input: pass hidden=(B, Q, hidden_size), the tensor that the layer's "
             "query projection reads"
         )
-    inputs = inputs.but(keep=_four_dimensional(inputs.keep, inputs.query, inputs.key))
+    inputs = inputs.replace(keep=_four_dimensional(inputs.keep, inputs.query, inputs.key))
     with torch.autocast(inputs.query.device.type, enabled=False):  # fp32 inside means fp32
         return spec.forward(inputs, params).to(inputs.query.dtype)
+
+
+def autograd_vjp(
+    weights: Callable[[Tensor, Tensor, Params], Tensor],
+    scores: Tensor,
+    keep: Tensor,
+    params: Params,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The weights of one block and the gradients of its scores and of the parameters, by autograd."""
+    with torch.enable_grad():
+        leaf = scores.detach().requires_grad_()
+        leaves = {n: p.detach().requires_grad_(p.requires_grad) for n, p in params.items()}
+        out = weights(leaf, keep, leaves)
+    trained = [n for n, p in leaves.items() if p.requires_grad]
+    if not out.requires_grad:  # a map that is constant in the scores
+        return out, torch.zeros_like(scores), {}
+    wanted = [leaf, *(leaves[n] for n in trained)]
+    grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
+    by_name = {n: g for n, g in zip(trained, grads[1:], strict=True) if g is not None}
+    return out.detach(), grads[0] if grads[0] is not None else torch.zeros_like(scores), by_name
 
 
 def softmax(scores: Tensor, keep: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_softheads.attention import flex
-from hf_softheads.attention.base import AttentionSpec, Inputs, Params
-from hf_softheads.attention.native import RowMap
+from hf_softheads.attention.base import AttentionSpec
+from hf_softheads.attention.call import Inputs, Params, RowMap, ScoreForm
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class ELU(AttentionSpec, name="elu"):
         raised = (scores if self.features else _raised(scores)) * keep
         return raised / (raised.sum(-1, keepdim=True) + self.eps) if self.normalised else raised
 
-    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form:
+    def score_form(self, inputs: Inputs, params: Params) -> ScoreForm:
         features, eps = self.features, self.eps
 
         def log_weight(z: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -50,8 +49,8 @@ class ELU(AttentionSpec, name="elu"):
             return torch.where(z > 0, z.clamp(min=0).log1p(), z)
 
         if not self.normalised:
-            return flex.Form(log_weight, torch.exp)
-        return flex.Form(log_weight, lambda lse: (lse - math.log(eps)).sigmoid())
+            return ScoreForm(log_weight, torch.exp)
+        return ScoreForm(log_weight, lambda lse: (lse - math.log(eps)).sigmoid())
 
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
         if self.features:
@@ -59,7 +58,7 @@ class ELU(AttentionSpec, name="elu"):
                 _raised(x if x.element_size() > 4 else x.float())
                 for x in (inputs.query, inputs.key)
             )
-            inputs = inputs.but(query=query, key=key)
+            inputs = inputs.replace(query=query, key=key)
         return super().forward(inputs, params)
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_softheads.attention import threshold
-from hf_softheads.attention.base import AttentionSpec, Geometry, Params, per_head
-from hf_softheads.attention.native import RowMap
+from hf_softheads.attention.base import AttentionSpec, per_head
+from hf_softheads.attention.call import Geometry, Params, RowMap
 
 
 @dataclass(frozen=True)

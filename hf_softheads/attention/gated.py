@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_softheads.attention.base import AttentionSpec, Geometry, Inputs, Params
+from hf_softheads.attention.base import AttentionSpec
+from hf_softheads.attention.call import Geometry, Inputs, Params
 
 
 @dataclass(frozen=True)

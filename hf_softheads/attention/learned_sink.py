@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_softheads.attention import flex, fused
-from hf_softheads.attention.base import AttentionSpec, Geometry, Inputs, Params, lowered, per_head
+from hf_softheads.attention.base import AttentionSpec, lowered, per_head
+from hf_softheads.attention.call import Geometry, Inputs, Params, ScoreForm
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,12 @@ class LearnedSink(AttentionSpec, name="learned_sink"):
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         return sink_softmax(scores, keep, per_head(params["sinks"]))
 
-    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form:
+    def score_form(self, inputs: Inputs, params: Params) -> ScoreForm:
         sinks = params["sinks"].view(1, -1, 1)
-        return flex.Form(factor=lambda lse: (lse - sinks).sigmoid())
+        return ScoreForm(factor=lambda lse: (lse - sinks).sigmoid())
 
-    def forward(self, inputs: Inputs, params: Params) -> Tensor:
-        if fused.sinks_possible(inputs):
-            return fused.attend_with_sinks(inputs, params["sinks"])
-        return super().forward(inputs, params)
-
-    def path(self) -> str:
-        return fused.SINKS
+    def sink_logits(self, inputs: Inputs, params: Params) -> Tensor:
+        return params["sinks"]
 
 
 def sink_softmax(scores: Tensor, keep: Tensor, sink: Tensor) -> Tensor:

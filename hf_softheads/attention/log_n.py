@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hf_softheads.attention.base import AttentionSpec, Params
+from hf_softheads.attention.base import AttentionSpec
+from hf_softheads.attention.call import Params
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_softheads.attention import flex
-from hf_softheads.attention.base import AttentionSpec, Inputs, Params
-from hf_softheads.attention.native import RowMap
+from hf_softheads.attention.base import AttentionSpec
+from hf_softheads.attention.call import Inputs, Params, RowMap, ScoreForm, per_row, visible_keys
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,18 @@ class LSSA(AttentionSpec, name="lssa"):
         raised = F.softplus(scores * n.log()) * keep
         return raised / (raised.sum(-1, keepdim=True) + self.eps)
 
-    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form | None:
-        growth = flex.rows(inputs, flex.visible(inputs).log())
+    def score_form(self, inputs: Inputs, params: Params) -> ScoreForm | None:
+        growth = per_row(inputs, visible_keys(inputs).log())
         eps = self.eps
 
         def log_weight(z: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return F.softplus(z * growth[b, h, q]).log()
 
-        return flex.Form(log_weight, lambda lse: (lse - math.log(eps)).sigmoid())
+        return ScoreForm(log_weight, lambda lse: (lse - math.log(eps)).sigmoid())
 
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
         query, key = unit(inputs.query), unit(inputs.key)
-        cosines = inputs.but(query=query, key=key, scaling=math.log(query.shape[-1]))
+        cosines = inputs.replace(query=query, key=key, scaling=math.log(query.shape[-1]))
         return super().forward(cosines, params)
 
 

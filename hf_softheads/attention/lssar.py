@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hf_softheads.attention.base import Inputs, Params
+from hf_softheads.attention.call import Inputs, Params, RowMap
 from hf_softheads.attention.lssa import LSSA
-from hf_softheads.attention.native import RowMap
 
 
 @dataclass(frozen=True)
@@ -42,5 +41,5 @@ class LSSAR(LSSA, name="lssar"):
         powered = (above / scale) ** self.p
         return powered / (powered.sum(-1, keepdim=True) + self.eps * scale**-self.p)
 
-    def flex_form(self, inputs: Inputs, params: Params) -> None:
+    def score_form(self, inputs: Inputs, params: Params) -> None:
         return None  # the power is of normalised weights: a second pass

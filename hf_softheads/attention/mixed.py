@@ -8,9 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_softheads.attention import flex
-from hf_softheads.attention.base import AttentionSpec, Geometry, Inputs, Params, per_head
-from hf_softheads.attention.blocked import Block
+from hf_softheads.attention.base import AttentionSpec, per_head
+from hf_softheads.attention.call import Block, Geometry, Inputs, Params
 from hf_softheads.attention.softmax import Softmax
 from hf_softheads.attention.softpick import Softpick
 
@@ -80,11 +79,5 @@ class Mixed(AttentionSpec, name="mixed"):
                 whole = Block(block.batch, block.rows, slice(0, first.shape[-1]))
                 inputs.observe(inputs, whole, both, kept[block.batch, :, block.rows])
 
-        softmax = Softmax().forward(inputs.but(observe=hold), {})
-        return softmax + gate * (self.other.forward(inputs.but(observe=show), others) - softmax)
-
-    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form | None:
-        return self.other.flex_form(inputs, self._others(params))
-
-    def path(self) -> str:
-        return f"{Softmax().path()}, and {self.other.path()}"
+        softmax = Softmax().forward(inputs.replace(observe=hold), {})
+        return softmax + gate * (self.other.forward(inputs.replace(observe=show), others) - softmax)

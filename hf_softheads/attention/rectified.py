@@ -8,9 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_softheads.attention import flex
-from hf_softheads.attention.base import AttentionSpec, Inputs, Params, softmax
-from hf_softheads.attention.native import RowMap
+from hf_softheads.attention.base import AttentionSpec, softmax
+from hf_softheads.attention.call import Inputs, Params, RowMap, ScoreForm
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Rectified(AttentionSpec, name="rectified"):
     def weights(self, scores: Tensor, keep: Tensor, params: Params) -> Tensor:
         return softmax(scores, keep & (scores >= 0))
 
-    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form:
+    def score_form(self, inputs: Inputs, params: Params) -> ScoreForm:
         def log_weight(z: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return torch.where(z >= 0, z, -torch.inf)
 
-        return flex.Form(log_weight)
+        return ScoreForm(log_weight)

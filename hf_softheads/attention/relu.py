@@ -8,9 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_softheads.attention import flex
-from hf_softheads.attention.base import AttentionSpec, Inputs, Params
-from hf_softheads.attention.native import RowMap
+from hf_softheads.attention.base import AttentionSpec
+from hf_softheads.attention.call import Inputs, Params, RowMap, ScoreForm, visible_keys
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,16 @@ class ReLU(AttentionSpec, name="relu"):
             return rectified.square() * factor, rectified.mul_(2 * factor).mul_(grad), {}
         return rectified * factor, (grad * factor).mul_(rectified > 0), {}
 
-    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form:
+    def score_form(self, inputs: Inputs, params: Params) -> ScoreForm:
         squared = self.power == 2
 
         def log_weight(z: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             raised = torch.where(z > 0, z, 1.0).log()
             return torch.where(z > 0, 2 * raised if squared else raised, -torch.inf)
 
-        n = flex.visible(inputs)
+        n = visible_keys(inputs)
         divisors = {"n": n, "length": n.new_tensor(self.length), "none": n.new_ones(())}
-        return flex.Form(log_weight, lambda lse: lse.exp() / divisors[self.divide])
+        return ScoreForm(log_weight, lambda lse: lse.exp() / divisors[self.divide])
 
     def _factor(self, scores: Tensor, keep: Tensor) -> Tensor:
         """1 over the divisor, 0 where `~keep`."""

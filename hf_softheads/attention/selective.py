@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_softheads.attention.base import AttentionSpec, Geometry, Inputs, Params
+from hf_softheads.attention.base import AttentionSpec
+from hf_softheads.attention.call import Geometry, Inputs, Params
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Selective(AttentionSpec, name="selective"):
                     "they enter a cache, as a patched layer does, or run with use_cache=False"
                 )
             value = self.temper_values(inputs.value, inputs.hidden, params)
-            inputs = inputs.but(value=value, tempered=True)
+            inputs = inputs.replace(value=value, tempered=True)
         return super().forward(inputs, params)
 
     def _perceptrons(self) -> list[str]:

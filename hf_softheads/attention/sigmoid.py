@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_softheads.attention import flex
-from hf_softheads.attention.base import AttentionSpec, Inputs, Params, lowered
-from hf_softheads.attention.native import RowMap
+from hf_softheads.attention.base import AttentionSpec, lowered
+from hf_softheads.attention.call import Inputs, Params, RowMap, ScoreForm, per_row, visible_keys
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,15 @@ class Sigmoid(AttentionSpec, name="sigmoid"):
         if self.alibi:
             heads = inputs.query.shape[1]
             exponents = torch.arange(1, heads + 1, device=inputs.query.device) * (8 / heads)
-            inputs = inputs.but(slopes=-(2.0**-exponents))
+            inputs = inputs.replace(slopes=-(2.0**-exponents))
         return super().forward(inputs, params)
 
-    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form | None:
+    def score_form(self, inputs: Inputs, params: Params) -> ScoreForm | None:
         if self.row_bias == "lse":
             return None
-        n = flex.visible(inputs)
+        n = visible_keys(inputs)
         row_bias = -n.log() if self.row_bias == "log_n" else torch.zeros_like(n)
-        bias = flex.rows(inputs, row_bias + self.bias)
+        bias = per_row(inputs, row_bias + self.bias)
 
         def log_weight(z: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return F.logsigmoid(z + bias[b, h, q])
@@ -77,7 +76,7 @@ class Sigmoid(AttentionSpec, name="sigmoid"):
             "n": lambda lse: lse.exp() / n,
             "sum": lambda lse: (lse - math.log(1e-8)).sigmoid(),
         }
-        return flex.Form(log_weight, factors[self.divide])
+        return ScoreForm(log_weight, factors[self.divide])
 
     def _logits(self, scores: Tensor, keep: Tensor) -> Tensor:
         """`z + b`, and `-inf`, of which the sigmoid is exactly 0, where `~keep`."""

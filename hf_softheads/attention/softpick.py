@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_softheads.attention.base import AttentionSpec, Params
-from hf_softheads.attention.native import RowMap
+from hf_softheads.attention.base import AttentionSpec
+from hf_softheads.attention.call import Params, RowMap
 
 _LARGEST = 75.0  # exp of it times 10⁵ keys is finite in fp32
 

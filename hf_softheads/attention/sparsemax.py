@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_softheads.attention import threshold
-from hf_softheads.attention.base import AttentionSpec, Params
-from hf_softheads.attention.native import RowMap
+from hf_softheads.attention.base import AttentionSpec
+from hf_softheads.attention.call import Params, RowMap
 
 
 @dataclass(frozen=True)

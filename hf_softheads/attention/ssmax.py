@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_softheads.attention.base import AttentionSpec, Geometry, Params, per_head
+from hf_softheads.attention.base import AttentionSpec, per_head
+from hf_softheads.attention.call import Geometry, Params
 
 
 @dataclass(frozen=True)

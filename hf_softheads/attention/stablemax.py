@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_softheads.attention import flex
-from hf_softheads.attention.base import AttentionSpec, Inputs, Params
-from hf_softheads.attention.native import RowMap
+from hf_softheads.attention.base import AttentionSpec
+from hf_softheads.attention.call import Inputs, Params, RowMap, ScoreForm
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,11 @@ class StableMax(AttentionSpec, name="stablemax"):
         total = raised.sum(-1, keepdim=True)
         return raised / total.masked_fill(total == 0, 1)
 
-    def flex_form(self, inputs: Inputs, params: Params) -> flex.Form:
+    def score_form(self, inputs: Inputs, params: Params) -> ScoreForm:
         def log_weight(z: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return z.sign() * z.abs().log1p()
 
-        return flex.Form(log_weight)
+        return ScoreForm(log_weight)
 
 
 def s(z: Tensor) -> Tensor:

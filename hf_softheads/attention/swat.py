@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_softheads.attention.base import Inputs, Params
+from hf_softheads.attention.call import Inputs, Params
 from hf_softheads.attention.sigmoid import Sigmoid
 
 
@@ -35,7 +35,7 @@ class SWAT(Sigmoid, name="swat"):
 
     def forward(self, inputs: Inputs, params: Params) -> Tensor:
         slopes = self.slopes_of(inputs.query.shape[1]).to(inputs.query.device)
-        return super().forward(inputs.but(slopes=slopes, window=self.window), params)
+        return super().forward(inputs.replace(slopes=slopes, window=self.window), params)
 
     def slopes_of(self, heads: int) -> Tensor:
         """`(H,)`.

@@ -2,71 +2,38 @@
 
 `attention`: the registered implementation, its mask, the layers. `hidden`: the layer's input and its cache. `heads`:
 the output embedding, hidden states, what a family does to its logits. `classifiers`: the last module of a sequence
-classifier. `adoption`: the class of a patched model, and the loss inside its head. Nothing is assigned into a
-transformers class.
+classifier. `subclass`: the class of a patched model, and the loss inside its head. `probe`: a trial run. Nothing is
+assigned into a transformers class.
 """
 
-from hf_softheads.bridge.adoption import Adopted, adopt, disown
-from hf_softheads.bridge.attention import (
-    IMPLEMENTATION,
-    attention_forward,
-    attention_layers,
-    geometry,
-    observed,
-    take_sinks,
-    visible,
-)
-from hf_softheads.bridge.classifiers import (
-    active_classifier,
-    build_classifier,
-    classifies,
-    find_classifier,
-    fresh_classifier,
-)
-from hf_softheads.bridge.heads import (
-    Function,
-    Reader,
-    active_head,
-    base_model,
-    check_transform,
-    find_head,
-    head_as,
-    logit_transform,
-    output_head,
-    text_config,
-    vocabulary,
-)
-from hf_softheads.bridge.hidden import CHILD, check_values, forget_hidden, show_hidden
-
-__all__ = [
-    "CHILD",
-    "IMPLEMENTATION",
-    "Adopted",
-    "Function",
-    "Reader",
-    "active_classifier",
-    "active_head",
-    "adopt",
-    "attention_forward",
-    "attention_layers",
-    "base_model",
-    "build_classifier",
-    "check_transform",
-    "check_values",
-    "classifies",
-    "disown",
-    "find_classifier",
-    "find_head",
-    "forget_hidden",
-    "fresh_classifier",
-    "geometry",
-    "head_as",
-    "logit_transform",
-    "observed",
-    "output_head",
-    "show_hidden",
-    "take_sinks",
-    "text_config",
-    "visible",
-    "vocabulary",
-]
+from hf_softheads.bridge.attention import IMPLEMENTATION as IMPLEMENTATION
+from hf_softheads.bridge.attention import attention_forward as attention_forward
+from hf_softheads.bridge.attention import attention_layers as attention_layers
+from hf_softheads.bridge.attention import geometry as geometry
+from hf_softheads.bridge.attention import observed as observed
+from hf_softheads.bridge.attention import take_sinks as take_sinks
+from hf_softheads.bridge.attention import visible as visible
+from hf_softheads.bridge.classifiers import active_classifier as active_classifier
+from hf_softheads.bridge.classifiers import classifies as classifies
+from hf_softheads.bridge.classifiers import find_classifier as find_classifier
+from hf_softheads.bridge.heads import Function as Function
+from hf_softheads.bridge.heads import SplitModel as SplitModel
+from hf_softheads.bridge.heads import active_head as active_head
+from hf_softheads.bridge.heads import base_model as base_model
+from hf_softheads.bridge.heads import check_transform as check_transform
+from hf_softheads.bridge.heads import find_head as find_head
+from hf_softheads.bridge.heads import head_as as head_as
+from hf_softheads.bridge.heads import logit_transform as logit_transform
+from hf_softheads.bridge.heads import output_head as output_head
+from hf_softheads.bridge.heads import text_config as text_config
+from hf_softheads.bridge.heads import transformers_model as transformers_model
+from hf_softheads.bridge.heads import vocabulary as vocabulary
+from hf_softheads.bridge.hidden import CHILD as CHILD
+from hf_softheads.bridge.hidden import capture_layer_input as capture_layer_input
+from hf_softheads.bridge.hidden import check_values as check_values
+from hf_softheads.bridge.hidden import drop_variant as drop_variant
+from hf_softheads.bridge.hidden import give_variant as give_variant
+from hf_softheads.bridge.probe import probe as probe
+from hf_softheads.bridge.subclass import Patched as Patched
+from hf_softheads.bridge.subclass import restore_class as restore_class
+from hf_softheads.bridge.subclass import subclass_patched as subclass_patched

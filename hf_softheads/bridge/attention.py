@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from hf_softheads.attention.base import AttentionVariant, Geometry, Inputs, run
-from hf_softheads.attention.blocked import AttentionMap, Observer
+from hf_softheads.attention.base import AttentionVariant, run
+from hf_softheads.attention.call import AttentionMap, Geometry, Inputs, Observer
 from hf_softheads.attention.learned_sink import LearnedSink
 from hf_softheads.attention.softmax import Softmax
-from hf_softheads.bridge.hidden import CHILD, taken
+from hf_softheads.bridge.hidden import CHILD, pop_layer_input
 
 IMPLEMENTATION = "hf_softheads"  # the attention implementation, also the marker in config.json
 _OBSERVER = "softheads_observer"
@@ -58,7 +58,7 @@ def attention_forward(
     if keep is None and causal and key.shape[2] > query.shape[2] > 1:
         # a static cache being filled: the mask is implied and only the first Q entries are written
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    hidden, tempered = taken(module)
+    hidden, tempered = pop_layer_input(module)
     inputs = Inputs(
         query=query,
         key=key,
@@ -76,7 +76,7 @@ def attention_forward(
     shown = None
     if _wants_weights(module, kwargs):
         shown = AttentionMap()
-        inputs = inputs.but(observe=shown)
+        inputs = inputs.replace(observe=shown)
     if variant is None:
         out = (
             run(Softmax(), {}, inputs)

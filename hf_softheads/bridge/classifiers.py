@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_softheads.bridge.heads import text_config
-from hf_softheads.heads.softpool import ClassifierSpec, PooledClassifier
+from hf_softheads.classifiers.base import PooledClassifier
 
 _NAMES = ("score", "classifier", "classification_head", "logits_proj")
 
@@ -36,36 +35,6 @@ def find_classifier(model: PreTrainedModel) -> tuple[str, nn.Module]:
         f"{type(model).__name__} is no sequence classifier with one of {', '.join(_NAMES)}; load the model with "
         "AutoModelForSequenceClassification"
     )
-
-
-def build_classifier(model: PreTrainedModel, spec: ClassifierSpec) -> PooledClassifier:
-    """A module around the model's own, uninitialised.
-
-    Raises:
-        ValueError: the model is no sequence classifier, or the spec does not suit it.
-    """
-    _, inner = find_classifier(model)
-    dim, labels = text_config(model).hidden_size, model.config.num_labels
-    spec.check(dim, labels)
-    return spec.module(dim, labels, inner)
-
-
-def fresh_classifier(model: PreTrainedModel, spec: ClassifierSpec) -> PooledClassifier:
-    """`build_classifier`, initialised to change nothing, where and as the model's own is.
-
-    Raises:
-        ValueError: that one is not in memory.
-    """
-    classifier = build_classifier(model, spec)
-    like = next(classifier.inner.parameters())
-    if like.device.type == "meta":
-        raise ValueError(
-            "the classifier is not in memory (meta device or offloaded); patch the model before offloading"
-        )
-    classifier.reset_parameters()
-    for parameter in classifier.parameters(recurse=False):
-        parameter.data = parameter.data.to(like)
-    return classifier.train(classifier.inner.training)
 
 
 def active_classifier(model: Any) -> PooledClassifier | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ def active_head(model: Any) -> Any:
     return copies[active] if active else head.original_module
 
 
-class Reader:
+class SplitModel:
     """A causal model as two steps: tokens to last hidden states, hidden states to the model's logits.
 
     The hidden states are what the model's own forward hands to its head, whatever the family; the head is not run.
@@ -216,6 +217,29 @@ def base_model(model: nn.Module) -> Any:
     """The transformers model inside DDP, `torch.compile` and PEFT wrappers."""
     inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def transformers_model(model: Any) -> Any:
+    """The transformers model inside any wrapper.
+
+    Raises:
+        TypeError: there is none; says what was given and what would work.
+    """
+    if isinstance(model, str | os.PathLike):
+        raise TypeError(
+            f"expected a loaded transformers model, got the name {str(model)!r}; load it first: "
+            f"AutoModelForCausalLM.from_pretrained({str(model)!r})"
+        )
+    inner = base_model(model) if isinstance(model, nn.Module) else model
+    if isinstance(inner, PreTrainedModel):
+        return inner
+    within = getattr(model, "model", None)
+    hint = ""
+    if isinstance(model, type):
+        hint = f" (the class {model.__name__} itself); give an instance"
+    elif isinstance(within, PreTrainedModel):
+        hint = "; give the model inside it: its attribute .model"
+    raise TypeError(f"expected a transformers model, got {type(model).__name__}{hint}")
 
 
 def output_head(model: nn.Module) -> nn.Module:

@@ -8,14 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache
 
-from hf_softheads.attention.base import AttentionSpec, Entering
+from hf_softheads.attention.base import AttentionSpec, AttentionVariant
+from hf_softheads.attention.call import NewValues
 
 CHILD = "softheads"  # the attention layers' child module that holds a variant and its parameters
 _HIDDEN = "softheads_hidden"
 _TEMPERED = "softheads_tempered"
 
 
-def show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def capture_layer_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of an attention layer: keeps the layer's input for `attention_forward`, in the same call. For a
     variant that tempers values, the layer gets its cache in a wrapper that tempers what enters."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -26,7 +27,7 @@ def show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
     def temper(value: Tensor) -> Tensor:
         setattr(module, _TEMPERED, True)
-        tempered: Tensor = variant(Entering(value, hidden))
+        tempered: Tensor = variant(NewValues(value, hidden))
         return tempered
 
     def wrapped(argument: Any) -> Any:
@@ -40,7 +41,7 @@ def show_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return tuple(map(wrapped, args)), {name: wrapped(value) for name, value in kwargs.items()}
 
 
-def taken(module: nn.Module) -> tuple[Tensor | None, bool]:
+def pop_layer_input(module: nn.Module) -> tuple[Tensor | None, bool]:
     """The layer's input, and whether its values are tempered already; both are forgotten."""
     hidden = getattr(module, _HIDDEN, None)
     if hidden is not None:
@@ -51,10 +52,23 @@ def taken(module: nn.Module) -> tuple[Tensor | None, bool]:
     return hidden, tempered
 
 
-def forget_hidden(module: nn.Module) -> None:
-    """Take `show_hidden` off again."""
+def give_variant(module: nn.Module, variant: AttentionVariant) -> None:
+    """Make the variant the layer's child; one that reads the layer's input also gets a hook that keeps it."""
+    module.add_module(CHILD, variant)
+    if variant.spec.needs_hidden:
+        module.register_forward_pre_hook(capture_layer_input, with_kwargs=True)
+
+
+def drop_variant(module: nn.Module) -> None:
+    """Take the child and its hook out again."""
+    module._modules.pop(CHILD, None)
+    release_layer_input(module)
+
+
+def release_layer_input(module: nn.Module) -> None:
+    """Take `capture_layer_input` off again."""
     for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is show_hidden:
+        if hook is capture_layer_input:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
             module.__dict__.pop(_HIDDEN, None)

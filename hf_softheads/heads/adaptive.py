@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec, index_dtype
-from hf_softheads.heads.fitting import blocks, linear_log_mass, over_states, scores_of
-from hf_softheads.heads.metric import principal_directions
-from hf_softheads.kmeans import require_finite
+from hf_softheads.heads.fit.blockwise import blocks, linear_log_mass, over_states, scores_of
+from hf_softheads.heads.fit.hessian import principal_directions
+from hf_softheads.heads.fit.kmeans import require_finite
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 _STATES = 4096  # hidden states that the cluster rows are fitted to
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_softheads.heads.checks import checked
-from hf_softheads.heads.transform import LogitTransform as LogitTransform
+from hf_softheads.heads.forms.fit_guard import checked
+from hf_softheads.heads.forms.logit_transform import LogitTransform as LogitTransform
 from hf_softheads.registry import Spec
 
 if TYPE_CHECKING:
-    from hf_softheads.heads.additive import Additive
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 T = TypeVar("T")
 
@@ -73,7 +72,7 @@ class Head(nn.Module):
     weight: nn.Parameter
     keep_in_fp32: tuple[str, ...] = ()  # parameters that half precision would spoil
     kernels: Literal["auto", "off", "require"] = "auto"  # set by `use_kernels`
-    code_lr: float = 0.0  # of AdamW in `repair_head` for what `thaw` gives, in codes a step
+    untied = False  # the head that it replaced shared its matrix with the input embedding
 
     def __init__(self, dim: int, vocab: int):
         super().__init__()
@@ -171,24 +170,6 @@ class Head(nn.Module):
         """
         return None
 
-    def repair_lr(self, parameter: Tensor) -> float:
-        """The rate of AdamW in `repair_head` that suits one of the parameters."""
-        return 3e-3
-
-    def thaw(self) -> list[Tensor]:
-        """Hold the integer codes as real numbers, for `repair_head` to train, until `freeze`; [] where they stay.
-
-        The scores are always those of the rounded numbers: training sees what will be stored.
-        """
-        return []
-
-    def additive(self) -> Additive | None:
-        """How the rows are sums of codebook entries; `repair_head` then also changes codes by discrete steps."""
-        return None
-
-    def freeze(self) -> None:
-        """Round and pack the real numbers that `thaw` gave; the scores stay as they are."""
-
     def reset_parameters(self) -> None:
         """Initialise what a checkpoint did not hold; called by transformers for missing keys."""
         for parameter in self.parameters(recurse=False):
@@ -219,7 +200,7 @@ class Head(nn.Module):
         return sum(t.numel() * t.element_size() for t in self.state_dict(keep_vars=True).values())
 
     @property
-    def path(self) -> str:
+    def backend(self) -> str:
         """What computes the scores, for `describe`: `torch`, or a kernel's name, or why there is none."""
         return "torch"
 

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec, index_dtype
-from hf_softheads.heads.bisection import bisected
-from hf_softheads.heads.fitting import blocks
-from hf_softheads.heads.metric import metric_root
-from hf_softheads.heads.tree_fit import fit_tree
-from hf_softheads.kmeans import require_finite
+from hf_softheads.heads.fit.blockwise import blocks
+from hf_softheads.heads.fit.hessian import metric_root
+from hf_softheads.heads.fit.kmeans import require_finite
+from hf_softheads.heads.fit.tree_nodes import fit_tree
+from hf_softheads.heads.fit.tree_order import bisected
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.fitting import over_states
+from hf_softheads.heads.fit.blockwise import over_states
 from hf_softheads.heads.low_rank import LowRank
 from hf_softheads.heads.screened import STATES, Screened, ScreenedHead
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_softheads.heads.base import Head, HeadSpec, index_dtype
-from hf_softheads.heads.fitting import gumbel_choice, over_states, scores_of
-from hf_softheads.kmeans import kmeans, require_finite
+from hf_softheads.heads.fit.blockwise import gumbel_choice, over_states, scores_of
+from hf_softheads.heads.fit.kmeans import kmeans, require_finite
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 _LIKELY = 128  # tokens of each hidden state whose probabilities are kept one by one
 _SMOOTHING = 8.0  # hidden states' worth of the mean distribution in each cluster

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
-from hf_softheads.heads.fitting import best_scale, in_chunks, scores_of
-from hf_softheads.kmeans import require_finite
+from hf_softheads.heads.fit.blockwise import best_scale, in_chunks, scores_of
+from hf_softheads.heads.fit.kmeans import require_finite
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 _STATES = 512  # hidden states that the scale is fitted to
 

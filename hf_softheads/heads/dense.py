@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
-from hf_softheads.heads.rows import products
-from hf_softheads.kernels import why_not
+from hf_softheads.heads.forms.streamed_rows import products
+from hf_softheads.kernels import select
 from hf_softheads.kernels.dense import dense_score
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class DenseHead(Head):
             or self.weight.dtype != torch.bfloat16
             or self.weight.device.type != "cpu"
             or not self.weight.is_contiguous()
-            or why_not("dense") is not None
+            or select("dense").reason is not None
         )
 
     def subset(self, hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_softheads.heads.base import Head, HeadSpec, check_temperature, gumbel_max, index_dtype
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
-from hf_softheads.heads.fitting import over_states, progress, scores_of
-from hf_softheads.kmeans import require_finite
+from hf_softheads.heads.fit.blockwise import over_states, progress, scores_of
+from hf_softheads.heads.fit.kmeans import require_finite
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 _STEPS = 300
 _BATCH = 512

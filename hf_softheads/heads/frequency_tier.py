@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.fitting import linear_log_odds, over_states, scores_of
-from hf_softheads.heads.vq import VQHead
-from hf_softheads.kmeans import require_finite
+from hf_softheads.heads.fit.blockwise import linear_log_odds, over_states, scores_of
+from hf_softheads.heads.fit.kmeans import require_finite
+from hf_softheads.heads.fit.perplexity_floor import measure_floor
+from hf_softheads.heads.forms.vq_module import VQHead
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 _STATES = 4096  # hidden states that the tail is fitted to
 
@@ -75,7 +76,7 @@ class FrequencyTier(HeadSpec, name="frequency_tier"):
         if len(rest):
             row, prior = _tail(head, weight, bias, rest, stats)
             head.weight[-1], head.bias[rest] = row, prior
-        head.measure_floor(stats)
+        measure_floor(head, stats)
         head.measure(weight, bias, stats)
 
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec, gumbel_max, index_dtype
-from hf_softheads.heads.fitting import blocks, over_states, progress, scores_of
-from hf_softheads.heads.metric import metric_root
-from hf_softheads.heads.outer import OuterHead, OuterSpec
-from hf_softheads.kmeans import kmeans, require_finite, weighted_means
+from hf_softheads.heads.fit.blockwise import blocks, over_states, progress, scores_of
+from hf_softheads.heads.fit.hessian import metric_root
+from hf_softheads.heads.fit.kmeans import kmeans, require_finite, weighted_means
+from hf_softheads.heads.forms.wrapper import WrapperHead, WrapperSpec
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 _STATES = 16_384  # hidden states that the class rows are fitted to
 _STEPS, _HISTORY = 40, 10  # of L-BFGS
@@ -27,7 +27,7 @@ _SEARCHED = 4  # up to so many hidden states are searched class by class for the
 
 
 @dataclass(frozen=True)
-class Hierarchical(OuterSpec, name="hierarchical"):
+class Hierarchical(WrapperSpec, name="hierarchical"):
     """`p(v | h) = p(c | h) p(v | c, h)`: a softmax over classes, then the inner head's within the token's class.
 
     Source: Goodman 2001, arXiv cs/0108006; Morin & Bengio 2005. A training step or an exact sample reads the class
@@ -170,7 +170,7 @@ def within_classes(z: Tensor, labels: Tensor, classes: int) -> Tensor:
     return top + total.log()
 
 
-class HierarchicalHead(OuterHead):
+class HierarchicalHead(WrapperHead):
     """`weight (C, D)` and `shift (C,)` score the classes; `codes (V,)` says which class a token is in."""
 
     def __init__(self, dim: int, vocab: int, classes: int, inner: Head):

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.fitting import progress
-from hf_softheads.heads.hadamard import random_signs, signed_hadamard
-from hf_softheads.heads.metric import local_moments
-from hf_softheads.heads.rows import RowsHead
-from hf_softheads.kmeans import require_finite
+from hf_softheads.heads.fit.blockwise import progress
+from hf_softheads.heads.fit.hadamard import random_signs, signed_hadamard
+from hf_softheads.heads.fit.hessian import local_moments
+from hf_softheads.heads.fit.kmeans import require_finite
+from hf_softheads.heads.forms.streamed_rows import RowsHead
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 _WIDTH = 8  # columns a code
 _ROWS = 4096  # fitted at once

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.dense import Dense
-from hf_softheads.heads.fitting import blocks
-from hf_softheads.heads.metric import principal_directions
-from hf_softheads.heads.outer import OuterHead
-from hf_softheads.heads.rows import RowsHead, rate_by_size
-from hf_softheads.kmeans import require_finite
+from hf_softheads.heads.fit.blockwise import blocks
+from hf_softheads.heads.fit.hessian import principal_directions
+from hf_softheads.heads.fit.kmeans import require_finite
+from hf_softheads.heads.forms.streamed_rows import RowsHead, rate_by_size
+from hf_softheads.heads.forms.trainable_codes import TrainableCodes
+from hf_softheads.heads.forms.wrapper import WrapperHead
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class LowRankHead(RowsHead):
         return 2 * (self.weight.numel() + self.down.numel())
 
 
-class ProjectedHead(OuterHead):
+class ProjectedHead(WrapperHead):
     """`inner(weight h)`, `weight (rank, D)`; `inner` is a head of states of size rank."""
 
     def __init__(self, dim: int, vocab: int, inner: Head):
@@ -168,19 +169,29 @@ class ProjectedHead(OuterHead):
         return inner.sample(self.prepare(hidden), temperature=temperature, generator=generator)
 
     def repair_lr(self, parameter: Tensor) -> float:
-        return (
-            rate_by_size(parameter) if parameter is self.weight else self.inner.repair_lr(parameter)
-        )
+        inner = self._trained()
+        own = parameter is self.weight or inner is None
+        return rate_by_size(parameter) if own or inner is None else inner.repair_lr(parameter)
 
     @property
-    def code_lr(self) -> float:  # type: ignore[override]
-        return self.inner.code_lr
+    def code_lr(self) -> float:
+        inner = self._trained()
+        return 0.0 if inner is None else inner.code_lr
 
-    def thaw(self) -> list[Tensor]:
-        return self.inner.thaw()
+    def relax_codes(self) -> list[Tensor]:
+        inner = self._trained()
+        return [] if inner is None else inner.relax_codes()
 
-    def freeze(self) -> None:
-        self.inner.freeze()
+    def round_codes(self) -> None:
+        inner = self._trained()
+        if inner is not None:
+            inner.round_codes()
+
+    def additive(self) -> None:
+        """Its entries are not in the coordinates of the hidden states."""
+
+    def _trained(self) -> TrainableCodes | None:
+        return self.inner if isinstance(self.inner, TrainableCodes) else None
 
     def dense(self) -> tuple[Tensor, Tensor | None] | None:
         found = self.inner.dense()

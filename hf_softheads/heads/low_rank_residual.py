@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.fitting import blocks
-from hf_softheads.heads.metric import local_moments, principal_directions
+from hf_softheads.heads.fit.blockwise import blocks
+from hf_softheads.heads.fit.hessian import local_moments, principal_directions
+from hf_softheads.heads.fit.kmeans import require_finite
 from hf_softheads.heads.quantized import Quantized, QuantizedHead, quantize_rows
-from hf_softheads.kmeans import require_finite
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 _ROUNDS = 3
 

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
-from hf_softheads.heads.outer import OuterHead, OuterSpec
+from hf_softheads.heads.forms.wrapper import WrapperHead, WrapperSpec
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 
 @dataclass(frozen=True)
-class Mixture(OuterSpec, name="mixture"):
+class Mixture(WrapperSpec, name="mixture"):
     """`p = Σ_k π_k softmax(inner(h_k))`, `h_k = h + tanh(weight_k h)`, `π = softmax(gate h)` (arXiv 1711.03953).
 
     Logits are `log p`. The paper's `h_k = tanh(W_k h)` is trained from scratch; a retrofit keeps the trained hidden
@@ -67,7 +67,7 @@ class Mixture(OuterSpec, name="mixture"):
         head.gate.zero_()
 
 
-class MixtureHead(OuterHead):
+class MixtureHead(WrapperHead):
     """`weight (K, D, D)`, `gate (K, D)`."""
 
     def __init__(self, dim: int, vocab: int, components: int, inner: Head):

@@ -10,20 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.additive import Additive, compose, recentre, recode, settle
+from hf_softheads.bitpack import PARTS, pack_bits, unpack_bits
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.compiled import CompiledHead
-from hf_softheads.heads.fitting import blocks, progress
-from hf_softheads.heads.hadamard import factors, random_signs, signed_hadamard
-from hf_softheads.heads.metric import local_moments, metric_root, weighted_moment
-from hf_softheads.heads.packing import PARTS, pack_bits, unpack_bits
-from hf_softheads.kernels import why_not
+from hf_softheads.heads.fit.additive_codes import compose, recentre, recode, refine_codes
+from hf_softheads.heads.fit.blockwise import blocks, progress
+from hf_softheads.heads.fit.hadamard import factors, random_signs, signed_hadamard
+from hf_softheads.heads.fit.hessian import local_moments, metric_root, weighted_moment
+from hf_softheads.heads.fit.kmeans import kmeans, nearest, require_finite
+from hf_softheads.heads.forms.kernel_rows import KernelRowsHead
+from hf_softheads.heads.forms.trainable_codes import Additive
+from hf_softheads.kernels import select
 from hf_softheads.kernels.dense import dense_score
 from hf_softheads.kernels.product_vq import make_tiles, product_vq_scores
-from hf_softheads.kmeans import kmeans, nearest, require_finite
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 _FITTED_ROWS = 32768  # codebooks are fitted to so many rows, those that matter most
 _ROUNDS = 4  # of codes and codebooks in the metric of all groups together
@@ -167,7 +168,7 @@ def _refine(
         head.weight.copy_(books)
     labels, moments = local_moments(stats, weight)
     turned = (head.prepare(head.prepare(moment).T) for moment in moments)
-    settle(codes, books, head.parts, wanted, labels, turned)
+    refine_codes(codes, books, head.parts, wanted, labels, turned)
 
 
 def _parts(
@@ -200,7 +201,7 @@ def _balanced_rotation(moment: Tensor, groups: int) -> Tensor:
     return rotation
 
 
-class ProductVQHead(CompiledHead):
+class ProductVQHead(KernelRowsHead):
     """`weight` holds the codebooks `(G, C, D / G)`, `basis (D, D)` a learned rotation; both train, the codes are fixed.
 
     `signs (D,)` are those of a structured one.
@@ -270,7 +271,12 @@ class ProductVQHead(CompiledHead):
     def _turned(self, hidden: Tensor) -> Tensor:
         """`R h` in fp32: for one state torch's bf16 product reads a matrix at half the speed of our own."""
         basis = self.basis
-        if basis is None or basis.dtype != torch.bfloat16 or len(hidden) > 1 or why_not("dense"):
+        if (
+            basis is None
+            or basis.dtype != torch.bfloat16
+            or len(hidden) > 1
+            or select("dense").reason
+        ):
             return self.prepare(hidden).float()
         return dense_score(basis, hidden, torch.arange(len(basis)).unsqueeze(0))
 

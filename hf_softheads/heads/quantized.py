@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_softheads.bitpack import PARTS, pack_bits, unpack_bits
 from hf_softheads.heads.base import HeadSpec, index_dtype
-from hf_softheads.heads.compiled import CompiledHead
-from hf_softheads.heads.fitting import blocks, progress
-from hf_softheads.heads.metric import local_moments
-from hf_softheads.heads.packing import PARTS, pack_bits, unpack_bits
-from hf_softheads.heads.rounding import nearest_code, round_through, round_with_feedback
+from hf_softheads.heads.fit.blockwise import blocks, progress
+from hf_softheads.heads.fit.gptq import nearest_code, round_through, round_with_feedback
+from hf_softheads.heads.fit.hessian import local_moments
+from hf_softheads.heads.fit.kmeans import Rows, require_finite
+from hf_softheads.heads.forms.kernel_rows import KernelRowsHead
 from hf_softheads.kernels.onednn import int8_packed, int8_scores, why_no_int8
 from hf_softheads.kernels.quantized import quantized_scores
-from hf_softheads.kmeans import Rows, require_finite
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 _SHRINK = torch.linspace(
     1.0, 0.5, 16
@@ -153,7 +153,7 @@ def _group_scales(weight: Tensor, importance: Tensor, bits: int, group: int) -> 
     return scale.squeeze(-1)
 
 
-class QuantizedHead(CompiledHead):
+class QuantizedHead(KernelRowsHead):
     """`weight` holds the scales `(V, D / group)`, which train; the codes are packed into bytes.
 
     With `frequent` tokens in 8 bits these have the first rows, `bytes (frequent, D)`, and `tokens (V,)` says whose each
@@ -183,7 +183,7 @@ class QuantizedHead(CompiledHead):
         order = torch.arange(vocab).to(index_dtype(vocab)) if frequent else None
         self.register_buffer("tokens", order)
 
-    def order(self) -> Tensor | None:
+    def token_of_row(self) -> Tensor | None:
         tokens = self.tokens
         return None if tokens is None else self._derived("order", tokens.long, tokens)
 
@@ -238,7 +238,7 @@ class QuantizedHead(CompiledHead):
         codes[~inside] = unpack_bits(parts, self.bits, self.in_features)
         return codes
 
-    def native(self) -> str | None:
+    def torch_operator(self) -> str | None:
         fits = self.group == self.in_features and self.weight.device.type in ("cpu", "meta")
         if not fits or why_no_int8() is not None:
             return None
@@ -252,12 +252,12 @@ class QuantizedHead(CompiledHead):
             return self._products(hidden, self.packed(), self.bits, scale)
         first = self._products(hidden, [self.bytes], 8, scale[: self.frequent])
         rest = self._products(hidden, self.packed(), self.bits, scale[self.frequent :])
-        places = self.places()
+        places = self.row_of_token()
         assert places is not None
         return torch.cat([first, rest], 1).index_select(1, places)
 
     def _products(self, hidden: Tensor, packed: list[Tensor], bits: int, scale: Tensor) -> Tensor:
-        if not self.native():
+        if not self.torch_operator():
             return quantized_scores(hidden, packed, PARTS[bits], scale)
 
         def rows(which: slice) -> Tensor:

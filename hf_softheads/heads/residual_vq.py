@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.additive import Additive, settle
 from hf_softheads.heads.base import HeadSpec, index_dtype
-from hf_softheads.heads.fitting import blocks, progress
-from hf_softheads.heads.metric import local_moments, metric_root
-from hf_softheads.heads.rows import RowsHead
-from hf_softheads.kmeans import kmeans, require_finite, weighted_means
+from hf_softheads.heads.fit.additive_codes import refine_codes
+from hf_softheads.heads.fit.blockwise import blocks, progress
+from hf_softheads.heads.fit.hessian import local_moments, metric_root
+from hf_softheads.heads.fit.kmeans import kmeans, require_finite, weighted_means
+from hf_softheads.heads.forms.streamed_rows import RowsHead
+from hf_softheads.heads.forms.trainable_codes import Additive
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 _FITTED_ROWS = 65536  # codebooks are fitted to so many rows, those that matter most
 _ROUNDS = 4  # of assignment and codebook update after the greedy start
@@ -104,7 +105,9 @@ class ResidualVQ(HeadSpec, name="residual_vq"):
         if stats is not None:
             labels, moments = local_moments(stats, weight)
             parts, books = head.additive().parts, head.weight.data.float()
-            settle(head.codes, books, parts, lambda which: weight[which].float(), labels, moments)
+            refine_codes(
+                head.codes, books, parts, lambda which: weight[which].float(), labels, moments
+            )
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias)
 

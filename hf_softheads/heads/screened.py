@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.dense import Dense
-from hf_softheads.heads.fitting import over_states, scores_of
-from hf_softheads.kernels import why_not
+from hf_softheads.heads.fit.blockwise import over_states, scores_of
+from hf_softheads.kernels import select
 from hf_softheads.kernels.screened import largest, logsumexp
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
-_EXACT = ("dense", "quantized", "low_rank", "low_rank_residual", "product_vq", "residual_vq")
 STATES = 2048  # hidden states that calibrate the tail
 _NEWTON = 12
 
@@ -36,8 +35,7 @@ class Screened(HeadSpec, name="screened"):
     Attributes:
         screen: any head but another screened one: `transform_coded` reads least, `residual_vq` is fastest.
         candidates: tokens scored exactly for each hidden state.
-        inner: stores the exact rows: `dense`, `quantized`, `low_rank`, `low_rank_residual`, `product_vq` or
-            `residual_vq`.
+        inner: stores the exact rows: any head that scores single tokens from rows of their own.
     """
 
     screen: HeadSpec
@@ -61,17 +59,19 @@ class Screened(HeadSpec, name="screened"):
             raise ValueError(
                 f"{self.name} asked for {self.candidates} candidates; 1 to {vocab} are possible"
             )
-        if self.inner.name not in _EXACT:
-            raise ValueError(
-                f"{self.name} cannot read single rows of a {self.inner.name} head; its inner head can be "
-                f"{', '.join(_EXACT)}"
-            )
         if isinstance(self.screen, Screened):
             raise ValueError(
                 f"the screen of a {self.name} head cannot be screened itself, it is {self.screen.name}"
             )
         self.screen.check(dim, vocab)
         self.inner.check(dim, vocab)
+        with torch.device("meta"):
+            inner = self.inner.module(dim, vocab)
+        if type(inner).score is Head.score:
+            raise ValueError(
+                f"{self.name} reads single rows of its inner head, and a {self.inner.name} head scores all tokens at "
+                "once; take one that stores a row for each token, such as dense, quantized or product_vq"
+            )
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> ScreenedHead:
         screen = self.screen.module(dim, vocab, bias=bias)
@@ -181,18 +181,18 @@ class ScreenedHead(Head):
             and not scores.requires_grad
             and scores.device.type == "cpu"
             and scores.ndim == 2
-            and why_not("screened") is None
+            and select("screened").reason is None
         )
 
     def code_table(self) -> tuple[Tensor, int] | None:
         return self.inner.code_table() or self.screen.code_table()
 
     def why_no_kernel(self) -> str | None:
-        return self.screen.why_no_kernel() or why_not("screened")
+        return self.screen.why_no_kernel() or select("screened").reason
 
     @property
-    def path(self) -> str:
-        return f"screen: {self.screen.path}; candidates: {self.inner.path}"
+    def backend(self) -> str:
+        return f"screen: {self.screen.backend}; candidates: {self.inner.backend}"
 
     @property
     def _width(self) -> int:

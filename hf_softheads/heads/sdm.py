@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec, index_dtype
-from hf_softheads.heads.fitting import best_scale, in_chunks, over_states
-from hf_softheads.heads.outer import OuterHead, OuterSpec
+from hf_softheads.heads.fit.blockwise import best_scale, in_chunks, over_states
+from hf_softheads.heads.forms.wrapper import WrapperHead, WrapperSpec
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 
 class Evidence(NamedTuple):
@@ -34,7 +34,7 @@ class Evidence(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SDM(OuterSpec, name="sdm"):
+class SDM(WrapperSpec, name="sdm"):
     """`p_v ∝ (2 + q)^(d · weight · z_v)`, z the inner head's logits: sure only where calibration data was right nearby.
 
     Source: Schmaltz 2025, arXiv 2509.12760. q counts consecutive nearest exemplars that were predicted rightly and as
@@ -104,7 +104,7 @@ class SDM(OuterSpec, name="sdm"):
         head.weight.fill_(best_scale(parts))
 
 
-class SDMHead(OuterHead):
+class SDMHead(WrapperHead):
     """`keys (E, D)`, `labels (E,)` (-1: predicted wrongly), `distances (E,)` of calibration states, rising."""
 
     def __init__(self, dim: int, vocab: int, exemplars: int, neighbours: int, inner: Head):

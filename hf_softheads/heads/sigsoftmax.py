@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
-from hf_softheads.heads.outer import OuterHead, OuterSpec
+from hf_softheads.heads.forms.wrapper import WrapperHead, WrapperSpec
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 
 @dataclass(frozen=True)
-class Sigsoftmax(OuterSpec, name="sigsoftmax"):
+class Sigsoftmax(WrapperSpec, name="sigsoftmax"):
     """`p ∝ exp(z) σ(z)^α`, that is logits `z + α log σ(z)` of an inner head's `z`; α = 1 is published (1805.10829).
 
     The log-probabilities of many contexts are no longer confined to a space of D + 1 dimensions. The order of the
@@ -51,7 +51,7 @@ class Sigsoftmax(OuterSpec, name="sigsoftmax"):
         head.weight.fill_(self.alpha)
 
 
-class SigsoftmaxHead(OuterHead):
+class SigsoftmaxHead(WrapperHead):
     """`weight (1,)` is α."""
 
     def __init__(self, dim: int, vocab: int, inner: Head):

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
-from hf_softheads.heads.fitting import in_chunks, least_at
-from hf_softheads.heads.outer import OuterHead, OuterSpec
+from hf_softheads.heads.fit.blockwise import in_chunks, minimize_scalar_convex
+from hf_softheads.heads.forms.wrapper import WrapperHead, WrapperSpec
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 _STATES = 512  # hidden states that the scale is fitted to
 
 
 @dataclass(frozen=True)
-class SVM(OuterSpec, name="svm"):
+class SVM(WrapperSpec, name="svm"):
     """`score_v = weight · inner_v(h)`: margins for `losses.MultiMargin`, in units in which the margin is 1.
 
     Source: Crammer & Singer 2001; as the last layer of a network arXiv 1306.0239. The rows are those of the inner head;
@@ -71,11 +71,11 @@ class SVM(OuterSpec, name="svm"):
                     total[i] += float((excess * (1 + scale * excess > 0)).sum())
             return total
 
-        head.weight.fill_(least_at(slope, 1e-3, 1e3))
+        head.weight.fill_(minimize_scalar_convex(slope, 1e-3, 1e3))
         head.fitted.fill_(len(states))
 
 
-class SVMHead(OuterHead):
+class SVMHead(WrapperHead):
     """`weight (1,)` scales the inner head's scores."""
 
     def __init__(self, dim: int, vocab: int, inner: Head):

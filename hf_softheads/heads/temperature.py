@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
-from hf_softheads.heads.outer import OuterHead, OuterSpec
+from hf_softheads.heads.forms.wrapper import WrapperHead, WrapperSpec
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 
 @dataclass(frozen=True)
-class Temperature(OuterSpec, name="temperature"):
+class Temperature(WrapperSpec, name="temperature"):
     """`logits = inner(h) / τ(h)`, `τ(h) = low + (high - low) σ(out · tanh(weight h / ‖h‖) + shift)`.
 
     The idea of TempNet (arXiv 2404.04575) with the hidden state instead of the logits as its input, so that it costs
@@ -68,7 +68,7 @@ class Temperature(OuterSpec, name="temperature"):
         head.shift.fill_(math.log(share / (1 - share)))
 
 
-class TemperatureHead(OuterHead):
+class TemperatureHead(WrapperHead):
     """`weight (width, D)`, `out (width,)`, `shift (1,)`."""
 
     def __init__(self, dim: int, vocab: int, width: int, low: float, high: float, inner: Head):

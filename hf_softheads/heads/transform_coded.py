@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_softheads.bitpack import PARTS, pack, unpack
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.bit_allocation import STEP, water_fill
-from hf_softheads.heads.compiled import CompiledHead
-from hf_softheads.heads.fitting import blocks, progress
-from hf_softheads.heads.metric import local_moments, metric_root, weighted_moment
-from hf_softheads.heads.packing import PARTS, pack, unpack
-from hf_softheads.heads.rounding import nearest_code, round_through, round_with_feedback
+from hf_softheads.heads.fit.bit_allocation import STEP, water_fill
+from hf_softheads.heads.fit.blockwise import blocks, progress
+from hf_softheads.heads.fit.gptq import nearest_code, round_through, round_with_feedback
+from hf_softheads.heads.fit.hessian import local_moments, metric_root, weighted_moment
+from hf_softheads.heads.fit.kmeans import require_finite
+from hf_softheads.heads.forms.kernel_rows import KernelRowsHead
 from hf_softheads.kernels.quantized import quantized_scores
 from hf_softheads.kernels.transform_coded import Plane, Tiles, make_tiles, transform_coded_scores
-from hf_softheads.kmeans import require_finite
 
 if TYPE_CHECKING:
-    from hf_softheads.stats import HeadStats
+    from hf_softheads.heads.stats import HeadStats
 
 _STRETCH = (0.75, 0.85, 0.93, 1.0, 1.08, 1.18, 1.3, 1.5)  # of the step, tried on the data
 _BLOCK = 4096
@@ -112,7 +112,7 @@ class TransformCoded(HeadSpec, name="transform_coded"):
         order = importance.argsort(descending=True, stable=True)
         for tier, (start, stop) in enumerate(head.ranges):
             head.tier_gain[order[start:stop]] = tier
-        tokens = head.order()
+        tokens = head.token_of_row()
         gains = torch.empty(vocab, dtype=torch.uint8, device=device)
         energy = torch.empty(self.tiers, len(basis), device=device)
         for tier, (start, stop) in enumerate(head.ranges):
@@ -192,7 +192,7 @@ def _quantize_tier(
     head.pack_tier(tier, codes)
 
 
-class TransformCodedHead(CompiledHead):
+class TransformCodedHead(KernelRowsHead):
     """`weight (K,)`, `scale` and `offset (T, K)` and `center (D,)` train, in `repair_head` the codes too."""
 
     kernel = "transform_coded"
@@ -215,7 +215,7 @@ class TransformCodedHead(CompiledHead):
         ends = [max(1, math.ceil(vocab / 2 ** (tiers - 1 - t))) for t in range(tiers)]
         self.ranges = list(zip([0, *ends[:-1]], ends, strict=True))
 
-    def order(self) -> Tensor:
+    def token_of_row(self) -> Tensor:
         return self._derived(
             "order", lambda: (self.tier_gain & 15).argsort(stable=True), self.tier_gain
         )
@@ -223,7 +223,7 @@ class TransformCodedHead(CompiledHead):
     def gain(self) -> Tensor:
         """Factor of each row, `(V,)` fp32."""
         return self._derived(
-            "gain", lambda: _gain_value(self.tier_gain[self.order()] >> 4), self.tier_gain
+            "gain", lambda: _gain_value(self.tier_gain[self.token_of_row()] >> 4), self.tier_gain
         )
 
     def planes(self) -> list[list[Plane]]:
@@ -264,7 +264,7 @@ class TransformCodedHead(CompiledHead):
         def tiles() -> Tiles:
             return make_tiles(self.ranges, self.planes(), self.codes)
 
-        places = self.places()
+        places = self.row_of_token()
         assert places is not None
         x = quantized_scores(hidden, [self.basis], (4,), self.weight.float(), middle=8)
         return transform_coded_scores(

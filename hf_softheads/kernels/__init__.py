@@ -18,6 +18,7 @@ import shutil
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,12 +39,12 @@ class KernelUnavailable(RuntimeError):
 
 @functools.cache
 def load(name: str, instructions: str = "native") -> ctypes.CDLL:
-    """The compiled `name.cpp` of this folder.
+    """The compiled `cpp/name.cpp`.
 
     Raises:
         KernelUnavailable: there is no C++ compiler or no ninja, or the compiler failed.
     """
-    source = Path(__file__).with_name(f"{name}.cpp")
+    source = Path(__file__).parent / "cpp" / f"{name}.cpp"
     flags = [*_FLAGS, *INSTRUCTIONS[instructions]]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_softheads"
     identity = repr((flags, os.environ.get("CXX"), torch.__version__, _processor())).encode()
@@ -96,21 +97,34 @@ def in_large_pages(codes: Tensor) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8).view(codes.shape).copy_(codes)
 
 
-def why_not(name: str) -> str | None:
-    """The reason why a kernel cannot be used here, or None."""
+class Kernel(NamedTuple):
+    """What `select` found.
+
+    Attributes:
+        library: the compiled functions; None where there are none.
+        reason: why there are none; None where there are.
+    """
+
+    library: ctypes.CDLL | None
+    reason: str | None
+
+    @property
+    def instructions(self) -> str:
+        """The instruction set that its functions use, such as `AVX-512`."""
+        if self.library is None:
+            raise KernelUnavailable(str(self.reason))
+        function = self.library.instructions
+        function.restype = ctypes.c_char_p
+        found: bytes = function()
+        return found.decode()
+
+
+def select(name: str) -> Kernel:
+    """The kernel for this machine, built if need be, or the reason why there is none."""
     try:
-        load(name)
+        return Kernel(load(name), None)
     except KernelUnavailable as error:
-        return str(error)
-    return None
-
-
-def instructions(name: str) -> str:
-    """The instruction set of the path that `load(name)` runs, such as `AVX-512`: what its `instructions()` returns."""
-    function = load(name).instructions
-    function.restype = ctypes.c_char_p
-    found: bytes = function()
-    return found.decode()
+        return Kernel(None, str(error))
 
 
 def _processor() -> str:

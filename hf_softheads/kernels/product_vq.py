@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from hf_softheads.heads.packing import pack
+from hf_softheads.bitpack import pack
 from hf_softheads.kernels import in_large_pages, load
 
 _TILE = 512  # tokens, as in product_vq.cpp

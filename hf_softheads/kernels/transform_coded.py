@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_softheads.heads.packing import pack, unpack
+from hf_softheads.bitpack import pack, unpack
 from hf_softheads.kernels import in_large_pages, load
 
 _TILE = 64  # rows, as in tiles.hpp

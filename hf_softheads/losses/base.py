@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_softheads.registry import Spec
 
-Number = Literal["log_prob", "logsumexp", "target", "mean", "mean_square"]
+LogitStatistic = Literal["log_prob", "logsumexp", "target", "mean", "mean_square"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class SummaryLoss(LossSpec):
     They can be had without the logits: in code space, in blocks of the vocabulary, or through a Gram matrix.
     """
 
-    needs: ClassVar[tuple[Number, ...]] = ()
+    needs: ClassVar[tuple[LogitStatistic, ...]] = ()
 
-    def from_summary(self, numbers: Mapping[Number, Tensor]) -> Tensor:
+    def from_summary(self, numbers: Mapping[LogitStatistic, Tensor]) -> Tensor:
         """The numbers in `needs`, each `(N,)`, to `(N,)`."""
         raise NotImplementedError
 
@@ -89,10 +89,10 @@ def pick(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def summary(
-    logits: Tensor, labels: Tensor, needs: tuple[Number, ...] | frozenset[Number]
-) -> dict[Number, Tensor]:
+    logits: Tensor, labels: Tensor, needs: tuple[LogitStatistic, ...] | frozenset[LogitStatistic]
+) -> dict[LogitStatistic, Tensor]:
     """The numbers that summary losses ask for, from whole logits `(N, V)`: the definition of each."""
-    numbers: dict[Number, Tensor] = {}
+    numbers: dict[LogitStatistic, Tensor] = {}
     if "target" in needs or "log_prob" in needs:
         numbers["target"] = pick(logits, labels)
     if "logsumexp" in needs or "log_prob" in needs:

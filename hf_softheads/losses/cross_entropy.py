@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hf_softheads.losses.base import Number, SummaryLoss
+from hf_softheads.losses.base import LogitStatistic, SummaryLoss
 
 
 @dataclass(frozen=True)
 class CrossEntropy(SummaryLoss, name="cross_entropy"):
     """`-log softmax(z)[y]`, `F.cross_entropy(z, y, reduction="none")`, in nats."""
 
-    needs: ClassVar[tuple[Number, ...]] = ("log_prob",)
+    needs: ClassVar[tuple[LogitStatistic, ...]] = ("log_prob",)
 
-    def from_summary(self, numbers: Mapping[Number, Tensor]) -> Tensor:
+    def from_summary(self, numbers: Mapping[LogitStatistic, Tensor]) -> Tensor:
         return -numbers["log_prob"]

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hf_softheads.losses.base import Number, SummaryLoss
+from hf_softheads.losses.base import LogitStatistic, SummaryLoss
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class LabelSmoothing(SummaryLoss, name="label_smoothing"):
 
     alpha: float = 0.1
 
-    needs: ClassVar[tuple[Number, ...]] = ("log_prob", "logsumexp", "mean")
+    needs: ClassVar[tuple[LogitStatistic, ...]] = ("log_prob", "logsumexp", "mean")
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"label_smoothing.alpha must be between 0 and 1, got {self.alpha}")
 
-    def from_summary(self, numbers: Mapping[Number, Tensor]) -> Tensor:
+    def from_summary(self, numbers: Mapping[LogitStatistic, Tensor]) -> Tensor:
         uniform = numbers["logsumexp"] - numbers["mean"]
         return -(1 - self.alpha) * numbers["log_prob"] + self.alpha * uniform

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_softheads.losses.base import Number, SummaryLoss, check_positive
+from hf_softheads.losses.base import LogitStatistic, SummaryLoss, check_positive
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class SphericalZ(SummaryLoss, name="spherical_z"):
     a: float = 1.0
     b: float = 0.0
 
-    needs: ClassVar[tuple[Number, ...]] = ("target", "mean", "mean_square")
+    needs: ClassVar[tuple[LogitStatistic, ...]] = ("target", "mean", "mean_square")
 
     def __post_init__(self) -> None:
         check_positive("spherical_z", a=self.a)
 
-    def from_summary(self, numbers: Mapping[Number, Tensor]) -> Tensor:
+    def from_summary(self, numbers: Mapping[LogitStatistic, Tensor]) -> Tensor:
         mean = numbers["mean"]
         variance = (numbers["mean_square"] - mean.square()).clamp_min(1e-12)
         standard = (numbers["target"] - mean) * variance.rsqrt()

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hf_softheads.losses.base import Number, SummaryLoss
+from hf_softheads.losses.base import LogitStatistic, SummaryLoss
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ZLoss(SummaryLoss, name="z_loss"):
     PaLM, 2204.02311 §5. A log-partition near zero keeps bf16 logits precise and makes the head self-normalised.
     """
 
-    needs: ClassVar[tuple[Number, ...]] = ("logsumexp",)
+    needs: ClassVar[tuple[LogitStatistic, ...]] = ("logsumexp",)
 
-    def from_summary(self, numbers: Mapping[Number, Tensor]) -> Tensor:
+    def from_summary(self, numbers: Mapping[LogitStatistic, Tensor]) -> Tensor:
         return numbers["logsumexp"].square()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_softheads.attention import blocked, fused
-from hf_softheads.attention.base import AttentionSpec, Geometry, Inputs
+from hf_softheads.attention.base import AttentionSpec, Geometry, Inputs, autograd_vjp
+from hf_softheads.attention.engines import query_blocks, sdpa
 from hf_softheads.registry import spec_from_dict
 from tests.attention.samples import ROW_MAPS, SPECS, label, left_padded, sample
 
@@ -83,9 +83,8 @@ def test_blocks_equal_the_whole_matrix(
         with torch.no_grad():
             close("without gradients", inputs(), out, 1e-12)
         with monkeypatch.context() as patch:
-            patch.setattr(blocked, "attend", blocked.whole)
-            patch.setattr(fused, "possible", lambda _: False)
-            patch.setattr(fused, "sinks_possible", lambda _: False)
+            patch.setattr(query_blocks, "attend", query_blocks.whole)
+            patch.setattr(sdpa, "supports", lambda _: "not here")
             whole = inputs()
             wanted = inputs.grads(whole, grad)
         close("out", out, whole, 1e-10)
@@ -131,7 +130,7 @@ def test_closed_gradients_equal_autograd(spec: AttentionSpec) -> None:
     keep = (torch.rand(2, 1, 7, 9) < 0.7).index_fill(2, torch.tensor([3]), False)
     grad = torch.randn_like(scores)
     params = {n: p.double() for n, p in sample(spec, heads=3, kv_heads=3).params.items()}
-    want = blocked.weights_vjp(spec.weights, scores, keep, params, grad)
+    want = autograd_vjp(spec.weights, scores, keep, params, grad)
     got = spec.weights_vjp(scores, keep, params, grad)
     close("weights", got[0], want[0], 1e-12)
     close("scores", got[1], want[1], 1e-10)
@@ -246,7 +245,7 @@ def test_the_module_is_the_function(spec: AttentionSpec) -> None:
     module = spec.module(geometry)
     arguments = sample(spec)
     inputs = Inputs(arguments.query, arguments.key, arguments.value, None, 8**-0.5)
-    inputs = inputs.but(hidden=arguments.hidden)
+    inputs = inputs.replace(hidden=arguments.hidden)
     params = dict(module.named_parameters())
     assert params.keys() == spec.init_params(geometry).keys()
     out = module(inputs)

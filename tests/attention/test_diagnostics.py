@@ -14,9 +14,9 @@ from torch import Tensor
 
 import hf_softheads as sh
 from hf_softheads.attention.base import Inputs
-from hf_softheads.attention.blocked import Block
+from hf_softheads.attention.engines.query_blocks import Block
 from hf_softheads.cli import main
-from hf_softheads.diagnostics import Tally, hidden_state_facts, sink_rate
+from hf_softheads.measure.diagnostics import Tally, hidden_state_facts, sink_rate
 from tests.attention.samples import sample
 from tests.conftest import make_model
 

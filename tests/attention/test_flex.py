@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
 import hf_softheads.attention as sa
-from hf_softheads.attention import base, flex, fused, native
-from hf_softheads.attention.base import AttentionSpec, Inputs
+from hf_softheads.attention import base
+from hf_softheads.attention.base import AttentionSpec
+from hf_softheads.attention.call import Call, Geometry, Inputs
+from hf_softheads.attention.engines import cpp, flex, query_blocks, sdpa
 from tests.attention.samples import SPECS, Sample, label, left_padded, sample
 from tests.attention.test_contract import close
 
-FORMS = [s for s in SPECS if flex.has_form(s)]
+
+def has_form(spec: AttentionSpec) -> bool:
+    query = torch.zeros(1, 2, 2, 16)
+    params = spec.init_params(Geometry(heads=2, kv_heads=2, head_dim=16, hidden_size=16))
+    inputs = Inputs(query, query, query, None, 1.0)
+    return not isinstance(spec, sa.Mixed) and spec.score_form(inputs, params) is not None
+
+
+FORMS = [s for s in SPECS if has_form(s)]
 pytestmark = [  # torch's own: eager mode is slow; a look at `.grad` of what is no leaf
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
@@ -27,16 +35,15 @@ def on_flex(monkeypatch: pytest.MonkeyPatch) -> list[Inputs]:
     """Every call that flex_attention can express runs on it; torch's refusal of gradients on a CPU is lifted."""
     calls: list[Inputs] = []
 
-    def possible(inputs: Inputs) -> bool:
-        calls.append(inputs)
-        return flex.expressible(inputs)
+    def supports(call: Call) -> str | None:
+        calls.append(call.inputs)
+        return flex.inexpressible(call)
 
-    monkeypatch.setattr(flex, "possible", possible)
-    monkeypatch.setattr(native, "possible", lambda *_: False)
-    monkeypatch.setattr(fused, "possible", lambda _: False)
-    monkeypatch.setattr(fused, "sinks_possible", lambda _: False)
+    monkeypatch.setattr(flex, "supports", supports)
+    monkeypatch.setattr(cpp, "supports", lambda _: "not here")
+    monkeypatch.setattr(sdpa, "supports", lambda _: "not here")
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
-    monkeypatch.setattr(base.blocked, "attend", lambda *_: pytest.fail("ran in blocks"))
+    monkeypatch.setattr(query_blocks, "attend", lambda *_: pytest.fail("ran in blocks"))
     return calls
 
 
@@ -45,7 +52,7 @@ def test_which_variants_have_a_form() -> None:
     assert names >= {"softmax", "learned_sink", "softmax1", "sigmoid", "swat", "ssmax", "log_n"}
     assert names >= {"selective", "elu", "relu", "rectified", "stablemax", "lssa"}
     assert not names & {"softpick", "sparsemax", "entmax", "entmax15", "top_k", "lssar", "identity"}
-    assert not flex.has_form(sa.Sigmoid(row_bias="lse"))
+    assert not has_form(sa.Sigmoid(row_bias="lse"))
 
 
 def cases(spec: AttentionSpec) -> dict[str, Sample]:
@@ -87,11 +94,11 @@ def test_soft_caps_biases_windows_and_packed_rows(
     bias = torch.randn(1, 4, 40, 40, generator=torch.Generator().manual_seed(2))
     inputs = Inputs(arguments.query, arguments.key, arguments.value, None, 0.25)
     calls = [
-        inputs.but(softcap=0.7),
-        inputs.but(bias=bias),
-        inputs.but(window=5),
-        inputs.but(keep=packed[None, None], window=5, bias=bias, softcap=2.0),
-        inputs.but(keep=torch.ones(1, 1, 40, 40, dtype=torch.bool), causal=False),
+        inputs.replace(softcap=0.7),
+        inputs.replace(bias=bias),
+        inputs.replace(window=5),
+        inputs.replace(keep=packed[None, None], window=5, bias=bias, softcap=2.0),
+        inputs.replace(keep=torch.ones(1, 1, 40, 40, dtype=torch.bool), causal=False),
     ]
     want = [base.run(spec, arguments.params, call) for call in calls]
     request.getfixturevalue("on_flex")
@@ -111,22 +118,19 @@ def test_bfloat16_is_as_good_as_the_blocks(request: pytest.FixtureRequest) -> No
 def test_calls_that_stay_in_blocks() -> None:
     arguments = sample(sa.Sigmoid(), queries=4, dim=16)
     inputs = Inputs(arguments.query, arguments.key, arguments.value, None, 0.25)
-    assert flex.expressible(inputs)
-    assert not flex.possible(inputs)  # a CPU
-    for changed in (
-        inputs.but(query=arguments.query[:, :, :1]),
-        inputs.but(query=arguments.query[..., :8], key=arguments.key[..., :8]),
-        inputs.but(dropout=0.1),
-        inputs.but(observe=lambda *_: None),
-        inputs.but(value=arguments.value.double()),
-        inputs.but(bias=torch.zeros(4, 4, requires_grad=True)),
+
+    def call(inputs: Inputs) -> Call:
+        return Call(sa.Sigmoid(), inputs, {})
+
+    assert flex.inexpressible(call(inputs)) is None
+    assert flex.supports(call(inputs)) == "it is for accelerators"
+    for changed, reason in (
+        (inputs.replace(query=arguments.query[:, :, :1]), "a single query"),
+        (inputs.replace(query=arguments.query[..., :8], key=arguments.key[..., :8]), "smaller"),
+        (inputs.replace(dropout=0.1), "no dropout"),
+        (inputs.replace(observe=lambda *_: None), "shows no weights"),
+        (inputs.replace(value=arguments.value.double()), "fp32"),
+        (inputs.replace(bias=torch.zeros(4, 4, requires_grad=True)), "gradient of a bias"),
     ):
-        assert not flex.expressible(changed)
-
-
-def test_paths_are_told() -> None:
-    assert flex.path(sa.Softmax()).startswith("scaled_dot_product_attention")
-    assert flex.path(sa.SSMax()).startswith("scaled_dot_product_attention")
-    assert flex.path(sa.Sigmoid()).startswith("flex_attention")
-    assert "cannot express" in flex.path(sa.Softpick())
-    assert flex.has_form(replace(sa.SWAT(), window=3))
+        assert reason in str(flex.inexpressible(call(changed)))
+    assert "more than one pass" in str(flex.inexpressible(Call(sa.Softpick(), inputs, {})))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_softheads import kernels
-from hf_softheads.attention import blocked, fused, native
-from hf_softheads.attention.base import AttentionSpec, Inputs, run
+from hf_softheads.attention.base import AttentionSpec, run
+from hf_softheads.attention.call import Geometry, Inputs
+from hf_softheads.attention.engines import cpp, query_blocks, sdpa
 from hf_softheads.attention.mixed import Mixed
 from hf_softheads.kernels import KernelUnavailable
 from hf_softheads.kernels import attention as kernel
@@ -21,9 +22,7 @@ from tests.attention.samples import SPECS, Sample, label, left_padded, sample
 
 WITH_KERNEL = [s for s in SPECS if s.row_map() is not None and not isinstance(s, Mixed)]
 
-needs_compiler = pytest.mark.skipif(
-    native.unavailable() is not None, reason=str(native.unavailable())
-)
+needs_compiler = pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
 every_row_map = pytest.mark.parametrize("spec", WITH_KERNEL, ids=label)
 
 
@@ -42,8 +41,8 @@ def only_kernel(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
         monkeypatch.setattr(module, "attend", guarded)
 
-    guard(blocked)
-    guard(fused)
+    guard(query_blocks)
+    guard(sdpa)
     return monkeypatch
 
 
@@ -142,7 +141,7 @@ def test_soft_cap_slopes_and_window(spec: AttentionSpec, only_kernel: pytest.Mon
         for s in (given, given.to(torch.float64).requires_grad()):
             inputs = Inputs(s.query, s.key, s.value, keep, 0.25, hidden=s.hidden, causal=causal)
             slopes = torch.tensor([-0.2, 0.1, 0.0, -0.5], dtype=s.query.dtype)
-            inputs = inputs.but(softcap=2.0, slopes=slopes, window=19)
+            inputs = inputs.replace(softcap=2.0, slopes=slopes, window=19)
             out = run(spec, s.params, inputs)
             found.append((out, s.grads(out, grad.to(out.dtype))))
         (out, grads), (want, wanted) = found
@@ -198,6 +197,8 @@ def test_without_a_compiler_the_torch_path_runs_and_says_so(
     spec = variants("attention")["softpick"]()
     given = sample(spec, queries=30)
     want = given.to(torch.float64)()
-    monkeypatch.setattr(kernels, "why_not", lambda name: "no C++ compiler (c++)")
+    monkeypatch.setattr(cpp, "unavailable", lambda: "no C++ compiler (c++)")
     close("out", given(), want, 1e-5)
-    assert spec.path() == "query blocks: no C++ compiler (c++)"
+    geometry = Geometry(heads=2, kv_heads=1, head_dim=16, hidden_size=32)
+    (choice,) = spec.module(geometry).engines(torch.zeros(()))
+    assert str(choice).startswith("query blocks (C++ kernel: no C++ compiler (c++); ")

@@ -50,7 +50,7 @@ def test_long_sequences(compiled: bool) -> None:
     run(Softpick(), {}, inputs)  # allocators and kernels settle
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark falls to what is in use
     before = _resident("VmRSS")
-    out = run(Softpick(), {}, inputs.but(query=query.requires_grad_()) if compiled else inputs)
+    out = run(Softpick(), {}, inputs.replace(query=query.requires_grad_()) if compiled else inputs)
     if compiled:
         out.sum().backward()
         assert query.grad is not None

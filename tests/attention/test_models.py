@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_softheads as sh
 from hf_softheads.attention.base import AttentionSpec
-from hf_softheads.corpus import stdlib_documents
-from hf_softheads.data import windows
+from hf_softheads.text.stdlib_corpus import stdlib_documents
+from hf_softheads.text.windows import windows
 from tests.attention.samples import SPECS, label
 from tests.conftest import VOCAB, make_model
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.stats import HeadStats
+from hf_softheads.heads.stats import HeadStats
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from hf_softheads.heads import ProductVQ
-from hf_softheads.heads.additive import best_moves, compose, recentre, recode, settle
 from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.fit.additive_codes import (
+    best_moves,
+    compose,
+    recentre,
+    recode,
+    refine_codes,
+)
 from tests.heads.conftest import Toy
 
 N, WIDTH, STAGES, CODES = 40, 6, 3, 4
@@ -35,8 +41,8 @@ class Problem(NamedTuple):
 @pytest.fixture(params=["product", "product in two runs", "residual"])
 def problem(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Problem:
     if "runs" in request.param:
-        monkeypatch.setattr("hf_softheads.heads.additive._SPAN", 4)
-    monkeypatch.setattr("hf_softheads.heads.additive._ROWS", 16)
+        monkeypatch.setattr("hf_softheads.heads.fit.additive_codes._SPAN", 4)
+    monkeypatch.setattr("hf_softheads.heads.fit.additive_codes._ROWS", 16)
     generator = torch.Generator().manual_seed(0)
     each = WIDTH // STAGES
     parts = [slice(s * each, (s + 1) * each) for s in range(STAGES)]
@@ -95,7 +101,7 @@ def test_settled_rows_are_nearer_in_their_own_metric(problem: Problem) -> None:
     labels = torch.arange(N) % 2
     moments = torch.stack([metric, torch.eye(WIDTH)])
     small = codes.to(torch.uint8)
-    settle(small, books, parts, lambda which: wanted[which], labels, moments)
+    refine_codes(small, books, parts, lambda which: wanted[which], labels, moments)
     for label, own in enumerate(moments):
         mine, trial = labels == label, problem._replace(metric=own)
         after = trial.cost(small.long(), books)[mine]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_softheads.choose import choose
 from hf_softheads.heads import Dense, Quantized, TransformCoded
 from hf_softheads.heads.base import HeadSpec
+from hf_softheads.measure.choose import choose
 from tests.conftest import make_model
 from tests.heads.conftest import Toy, make_toy
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_softheads.heads  # noqa: F401 - registers the variants
-from hf_softheads import kmeans
-from hf_softheads.heads import LowRank, ProductVQ, Quantized, base, fitting, product_vq, tree_fit
+from hf_softheads.heads import LowRank, ProductVQ, Quantized, base, product_vq
 from hf_softheads.heads.base import Head, HeadSpec, LogitTransform
+from hf_softheads.heads.fit import blockwise as fitting
+from hf_softheads.heads.fit import kmeans
+from hf_softheads.heads.fit import tree_nodes as tree_fit
 from hf_softheads.registry import spec_from_dict, variants
 from tests.heads.conftest import Toy
 

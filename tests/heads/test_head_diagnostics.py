@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 import hf_softheads as sh
-from hf_softheads.head_diagnostics import effective_rank
+from hf_softheads.measure.head_diagnostics import effective_rank
 from tests.conftest import VOCAB, make_model
 
 

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import hf_softheads as sh
-from hf_softheads.heads import BinaryTree, Hierarchical, Quantized, bisection, tree_fit
+from hf_softheads.heads import BinaryTree, Hierarchical, Quantized
 from hf_softheads.heads.base import HeadSpec, LogitTransform
 from hf_softheads.heads.binary_tree import BinaryTreeHead
-from hf_softheads.heads.bisection import bisected
+from hf_softheads.heads.fit import tree_nodes as tree_fit
+from hf_softheads.heads.fit import tree_order as bisection
+from hf_softheads.heads.fit.tree_order import bisected
 from hf_softheads.heads.hierarchical import HierarchicalHead, within_classes
 from hf_softheads.losses import NegativeSampling
 from tests.conftest import VOCAB, make_model

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hf_softheads import kernels
+from hf_softheads.bitpack import PARTS, pack_bits
 from hf_softheads.heads import LowRankResidual, ProductVQ, Quantized, TransformCoded
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.packing import PARTS, pack_bits
 from hf_softheads.kernels import (
     INSTRUCTIONS,
     KernelUnavailable,
@@ -18,14 +18,14 @@ from hf_softheads.kernels import (
     product_vq,
     quantized,
     screened,
+    select,
     transform_coded,
-    why_not,
 )
 from hf_softheads.kernels.quantized import quantized_scores
 from tests.heads.conftest import Toy
 
 needs_compiler = pytest.mark.skipif(
-    why_not("quantized") is not None, reason=str(why_not("quantized"))
+    select("quantized").reason is not None, reason=str(select("quantized").reason)
 )
 
 
@@ -78,11 +78,11 @@ def test_head_uses_it_for_decoding(bits: int) -> None:
     assert "fp32" in str(head.kernel_or_reason(hidden.float()))
     with torch.no_grad():
         head.kernels = "require"
-        assert head.path.startswith("C++")
+        assert head.backend.startswith("C++")
         fast, best = head(hidden), head.topk(hidden, 3)
         head.kernels = "off"
         plain = head.float()(hidden.float())
-        assert "switched off" in head.path
+        assert "switched off" in head.backend
     torch.testing.assert_close(fast, plain, rtol=1e-3, atol=5e-3)
     torch.testing.assert_close(best[0], fast.topk(3).values)
 
@@ -107,7 +107,7 @@ def test_transform_coded_kernel(
     hidden = toy.hidden[:batch]
     exact = head.scores(hidden)
     head.use_kernels("require")
-    assert head.path.startswith("C++")
+    assert head.backend.startswith("C++")
     found = head.scores(hidden)
     assert (found - exact).abs().max() < 2e-4 * exact.abs().max()
     best, tokens = head.topk(hidden, 3)
@@ -255,9 +255,9 @@ def test_without_a_compiler_everything_works_and_says_so(
         with torch.no_grad():
             head.weight.fill_(1.0)
             assert head.bfloat16()(torch.ones(1, 64, dtype=torch.bfloat16)).shape == (1, 100)
-        assert head.path.startswith("torch")
-        assert "no C++ compiler (" in head.path
-        assert "no-such-compiler" in head.path
+        assert head.backend.startswith("torch")
+        assert "no C++ compiler (" in head.backend
+        assert "no-such-compiler" in head.backend
     finally:
         kernels.load.cache_clear()
 

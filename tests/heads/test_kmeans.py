@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_softheads import kmeans as module
-from hf_softheads.kmeans import Rows, kmeans, nearest
+from hf_softheads.heads.fit import kmeans as module
+from hf_softheads.heads.fit.kmeans import Rows, kmeans, nearest
 
 
 def blobs(points: int, dim: int, centers: int, seed: int = 0) -> torch.Tensor:

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import hf_softheads as sh
 from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.stats import HeadStats
+from hf_softheads.plan import dense_head
 from hf_softheads.registry import variants
 from tests.conftest import make_model
 
@@ -37,7 +39,7 @@ def tokens() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def stats(dense: Any, tokens: torch.Tensor) -> sh.HeadStats:
+def stats(dense: Any, tokens: torch.Tensor) -> HeadStats:
     return sh.collect(dense, tokens)
 
 
@@ -80,5 +82,5 @@ def test_trains_without_logits_and_repairs(
     out.loss.backward()
     assert all(p.grad is not None for p in model.get_output_embeddings().parameters())
     model.zero_grad()
-    repair = sh.repair_head(model, sh.dense_head(model), tokens, steps=20, batch_size=256, lr=3e-4)
+    repair = sh.repair_head(model, dense_head(model), tokens, steps=20, batch_size=256, lr=3e-4)
     assert repair.last < repair.first + 0.02

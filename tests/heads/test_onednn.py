@@ -52,8 +52,8 @@ def test_heads_of_8_bits_decode_by_it(spec: HeadSpec, kernels: str, toy: Toy) ->
     spec.fit(head, toy.weight, torch.linspace(-1, 1, 256), toy.stats)
     head = head.bfloat16().requires_grad_(False)
     head.use_kernels(kernels)  # type: ignore[arg-type]
-    assert head.path.startswith("torch, oneDNN int8 ")
-    assert ("switched off" in head.path) == (kernels == "off")
+    assert head.backend.startswith("torch, oneDNN int8 ")
+    assert ("switched off" in head.backend) == (kernels == "off")
     hidden = toy.hidden[:6].bfloat16().view(2, 3, 16)
     exact = head.float()(hidden.float())
     found = head.bfloat16()(hidden)
@@ -77,7 +77,7 @@ def test_fewer_bits_too_where_there_is_no_kernel(toy: Toy) -> None:
     head.use_kernels("off")
     exact = head.float()(hidden.float())
     torch.testing.assert_close(head.bfloat16()(hidden), exact, rtol=1e-2, atol=0.1)
-    assert "oneDNN int8 instead of a kernel: switched off" in head.path
+    assert "oneDNN int8 instead of a kernel: switched off" in head.backend
 
 
 @needs_int8
@@ -116,7 +116,7 @@ def test_without_it_a_screen_takes_the_plain_path(
     hidden = toy.hidden.bfloat16()[:64]
     fast = head(hidden)
     monkeypatch.setattr(quantized, "why_no_int8", lambda: "it is missing")
-    assert head.path == "screen: torch (switched off); candidates: torch"
+    assert head.backend == "screen: torch (switched off); candidates: torch"
     top = toy.weight.bfloat16().float() @ hidden.float().T
     for scores in (fast, head(hidden)):
         assert (scores.argmax(-1) == top.argmax(0)).float().mean() > 0.95

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_softheads.heads import ProductVQ
-from hf_softheads.heads.hadamard import random_signs, signed_hadamard
+from hf_softheads.heads.fit.hadamard import random_signs, signed_hadamard
 from hf_softheads.heads.product_vq import _balanced_rotation
 from tests.heads.conftest import Toy, fit, kl, make_toy
 

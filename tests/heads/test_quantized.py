@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_softheads.bitpack import PARTS, pack, pack_bits, unpack, unpack_bits
 from hf_softheads.heads import Quantized
-from hf_softheads.heads.packing import PARTS, pack, pack_bits, unpack, unpack_bits
 from tests.heads.conftest import Toy, fit, kl
 
 
@@ -74,7 +74,7 @@ def test_refuses_groups_that_do_not_divide(group: int) -> None:
 def test_frequent_rows_keep_eight_bits(toy: Toy) -> None:
     head = fit(Quantized(3, frequent=40), toy)
     frequent = toy.stats.frequency.argsort(descending=True, stable=True)[:40]
-    assert torch.equal(head.order()[:40], frequent)
+    assert torch.equal(head.token_of_row()[:40], frequent)
     error = (head.dense()[0] - toy.weight).square().mean(1)
     rest = torch.ones(256, dtype=torch.bool)
     rest[frequent] = False
@@ -91,14 +91,14 @@ def test_frequent_rows_keep_eight_bits(toy: Toy) -> None:
 def test_frequent_rows_train_through_their_codes(toy: Toy) -> None:
     head = fit(Quantized(3, frequent=40), toy)
     before = head(toy.hidden)
-    (latent,) = head.thaw()
+    (latent,) = head.relax_codes()
     torch.testing.assert_close(head(toy.hidden), before)
     with torch.no_grad():
         latent[0] += 3.2  # of a frequent token, which has 256 codes
     trained = head(toy.hidden)
-    head.freeze()
+    head.round_codes()
     torch.testing.assert_close(head(toy.hidden), trained)
-    token = int(head.order()[0])
+    token = int(head.token_of_row()[0])
     others = torch.arange(256) != token
     assert torch.equal(head(toy.hidden)[:, others], before[:, others])
     assert not torch.equal(head(toy.hidden)[:, token], before[:, token])

@@ -14,7 +14,7 @@ from torch import Tensor
 import hf_softheads as sh
 from hf_softheads.heads import SDM, SVM, VQ, Cosine, Draft, Fourier
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.fitting import best_scale
+from hf_softheads.heads.fit.blockwise import best_scale
 from hf_softheads.losses import MultiMargin
 from tests.conftest import VOCAB, make_model
 from tests.heads.conftest import Toy, fit, kl

@@ -116,7 +116,7 @@ def test_refuses_impossible_candidates(candidates: int) -> None:
 
 
 def test_refuses_inner_heads_without_single_rows() -> None:
-    with pytest.raises(ValueError, match="cannot read single rows of a vq head"):
+    with pytest.raises(ValueError, match="a vq head scores all tokens at once"):
         Screened(LowRank(4), 8, VQ(8)).check(16, 256)
 
 

@@ -16,8 +16,9 @@ from transformers import (
 )
 
 import hf_softheads as sh
-from hf_softheads.heads import VQ, SoftPool
-from hf_softheads.heads.softpool import PooledClassifier
+from hf_softheads.classifiers import SoftPool
+from hf_softheads.classifiers.softpool import PooledClassifier
+from hf_softheads.heads import VQ
 
 LABELS, VOCAB, DIM = 3, 40, 16
 SMALL = {"vocab_size": VOCAB, "num_labels": LABELS, "pad_token_id": 0}

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_softheads.heads import ProductVQ, Quantized, TransformCoded
-from hf_softheads.heads.bit_allocation import _ERROR, STEP, water_fill
-from hf_softheads.heads.rounding import round_with_feedback
+from hf_softheads.heads.fit.bit_allocation import _ERROR, STEP, water_fill
+from hf_softheads.heads.fit.gptq import round_with_feedback
 from tests.heads.conftest import Toy, make_toy
 
 
@@ -81,12 +81,12 @@ def test_feedback_lowers_the_quadratic_error() -> None:
 def test_order_is_a_permutation_sorted_by_importance(toy: Toy) -> None:
     head = TransformCoded(bits=10.0, tiers=4).module(16, 256)
     TransformCoded(bits=10.0, tiers=4).fit(head, toy.weight, None, toy.stats)
-    order = head.order()
+    order = head.token_of_row()
     assert torch.equal(order.sort().values, torch.arange(256))
     importance = toy.stats.curvature[order]
     tiers = [importance[start:stop] for start, stop in head.ranges]
     assert all(a.min() >= b.max() for a, b in itertools.pairwise(tiers))
-    places = head.places()
+    places = head.row_of_token()
     assert places is not None
     assert torch.equal(order[places.long()], torch.arange(256))
 

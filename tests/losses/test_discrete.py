@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import hf_softheads as sh
-from hf_softheads.discrete import DiscreteSteps, Measured
 from hf_softheads.heads import ProductVQ, ResidualVQ
-from hf_softheads.heads.additive import compose
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.repair import repair_head
+from hf_softheads.heads.fit.additive_codes import compose
+from hf_softheads.training.distill_head import repair_head
+from hf_softheads.training.pv_tuning import DiscreteSteps, Measured
 from tests.conftest import make_model
 
 V, D = 61, 16

@@ -27,12 +27,12 @@ from transformers import (
 
 import hf_softheads as sh
 import hf_softheads.losses as L
-from hf_softheads.blocks import blocks
-from hf_softheads.chunked import Scorer
 from hf_softheads.heads import VQ, Dense
 from hf_softheads.heads.base import Head, LogitTransform
 from hf_softheads.losses.base import LossSpec
-from hf_softheads.objective import Objective, trainer_loss
+from hf_softheads.training.objective import Objective, trainer_loss
+from hf_softheads.training.token_chunks import Scorer
+from hf_softheads.training.vocab_blocks import blocks
 
 V, D = 97, 32
 TOLERANCE = {

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import hf_softheads as sh
-from hf_softheads import repair
 from hf_softheads.heads import VQ, Dense, LowRankResidual, Quantized, TransformCoded
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.rounding import round_through
-from hf_softheads.orthograd import OrthoGrad, orthogonal
-from hf_softheads.repair import cache_states, repair_head
+from hf_softheads.heads.fit.gptq import round_through
+from hf_softheads.plan import dense_head
+from hf_softheads.training import distill_head as repair
+from hf_softheads.training.distill_head import cache_states, repair_head
+from hf_softheads.training.orthograd import OrthoGrad, orthogonal
 from tests.conftest import make_model
 
 V, D = 61, 16
@@ -31,7 +32,7 @@ def rows() -> torch.Tensor:
 
 def test_a_head_that_can_be_the_teacher_becomes_it() -> None:
     patched = sh.patch(model(), head=Dense())
-    teacher = sh.dense_head(patched)
+    teacher = dense_head(patched)
     with torch.no_grad():
         patched.lm_head.weight.add_(0.3 * torch.randn(V, D))
     found = repair_head(patched, teacher, rows(), steps=150, batch_size=128, lr=2e-2)
@@ -44,7 +45,7 @@ def test_only_the_head_changes_and_a_seed_decides_how() -> None:
     for _ in range(2):
         patched = sh.patch(model(), head=VQ(codes=20)).train()
         before = {k: v.clone() for k, v in patched.state_dict().items()}
-        repair_head(patched, sh.dense_head(patched), rows(), steps=5, batch_size=32, seed=3)
+        repair_head(patched, dense_head(patched), rows(), steps=5, batch_size=32, seed=3)
         after = patched.state_dict()
         changed = {k for k in before if not torch.equal(before[k], after[k])}
         assert changed == {"lm_head.weight"}
@@ -56,7 +57,7 @@ def test_only_the_head_changes_and_a_seed_decides_how() -> None:
 
 def test_a_matrix_and_several_losses() -> None:
     patched = sh.patch(model(), head=VQ(codes=20))
-    matrix = sh.dense_head(patched).weight.detach()
+    matrix = dense_head(patched).weight.detach()
     found = repair_head(
         patched, matrix, rows(), steps=40, batch_size=64, losses={"kl": 1.0, "cross_entropy": 0.1}
     )
@@ -67,7 +68,7 @@ def test_divergence_leaves_the_head_as_it_was() -> None:
     patched = sh.patch(model(), head=VQ(codes=20))
     before = {k: v.clone() for k, v in patched.state_dict().items()}
     with pytest.raises(ValueError, match="the head was put back"):
-        repair_head(patched, sh.dense_head(patched), rows(), steps=30, batch_size=32, lr=1e37)
+        repair_head(patched, dense_head(patched), rows(), steps=30, batch_size=32, lr=1e37)
     torch.testing.assert_close(dict(patched.state_dict()), before, rtol=0, atol=0)
 
 
@@ -77,7 +78,7 @@ CODED: list[HeadSpec] = [Quantized(2), LowRankResidual(2, 2), TransformCoded(8.0
 def repaired(spec: HeadSpec, **arguments: Any) -> tuple[Any, float]:
     """The head after a repair, and how far it is from the dense one on the text it was repaired on."""
     patched = sh.patch(model(), head=spec)
-    teacher = sh.dense_head(patched)
+    teacher = dense_head(patched)
     repair_head(patched, teacher, rows(), steps=60, batch_size=128, **arguments)
     hidden = cache_states(patched, rows(), tokens=10**6)[0]
     mine, dense = (h(hidden).log_softmax(-1).detach() for h in (patched.lm_head, teacher))
@@ -110,7 +111,7 @@ def test_a_head_knows_the_rates_that_suit_it(spec: HeadSpec) -> None:
     """Without a rate every parameter moves, none by more than its own size, and the head comes nearer."""
     patched = sh.patch(model(), head=spec)
     before = {k: p.detach().clone() for k, p in patched.lm_head.named_parameters()}
-    found = repair_head(patched, sh.dense_head(patched), rows(), steps=40, batch_size=128)
+    found = repair_head(patched, dense_head(patched), rows(), steps=40, batch_size=128)
     assert found.last < 0.9 * found.first
     for name, parameter in patched.lm_head.named_parameters():
         if name != "center":  # moves all logits alike: no gradient
@@ -123,20 +124,20 @@ def test_thawed_codes_score_as_stored(spec: HeadSpec) -> None:
     before = {k: v.clone() for k, v in head.state_dict().items()}
     h = torch.randn(5, D, generator=torch.Generator().manual_seed(2))
     packed = head(h)
-    (latent,) = head.thaw()
+    (latent,) = head.relax_codes()
     assert torch.equal(head(h), packed)
     torch.testing.assert_close(h @ head.dense()[0].T, packed, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         latent += torch.rand(latent.shape, generator=torch.Generator().manual_seed(3)) * 0.98 - 0.49
     assert torch.equal(head(h), packed)
     assert set(head.state_dict()) == set(before)
-    head.freeze()
+    head.round_codes()
     assert torch.equal(head(h), packed)
     assert all(torch.equal(v, before[k]) for k, v in head.state_dict().items())
     with torch.no_grad():
-        head.thaw()[0].add_(100)  # far outside: the highest code
+        head.relax_codes()[0].add_(100)  # far outside: the highest code
     thawed = head(h)
-    head.freeze()
+    head.round_codes()
     assert torch.equal(head(h), thawed)
 
 
@@ -159,7 +160,7 @@ def test_gradient_goes_through_rounding_but_not_further_out() -> None:
 )
 def test_wrong_input_is_refused(arguments: Any, message: str) -> None:
     patched = sh.patch(model(), head=VQ(codes=20))
-    given = {"teacher": sh.dense_head(patched), "rows": rows(), **arguments}
+    given = {"teacher": dense_head(patched), "rows": rows(), **arguments}
     with pytest.raises(ValueError, match=message):
         repair_head(patched, given.pop("teacher"), given.pop("rows"), **given)
 
@@ -194,6 +195,6 @@ def test_more_text_than_fits_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) 
     patched = sh.patch(model(), head=VQ(codes=20))
     states = rows()[:, 1:].numel()
     monkeypatch.setattr(repair, "CACHE_BYTES", states * D * 4 // 3)
-    done = repair_head(patched, sh.dense_head(patched), rows(), steps=60, batch_size=64)
+    done = repair_head(patched, dense_head(patched), rows(), steps=60, batch_size=64)
     assert done.tokens == states  # each in just one part
     assert done.last < done.first

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from hf_softheads.results import provenance, write_json
+from hf_softheads.files import write_json
+from hf_softheads.report.provenance import provenance
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

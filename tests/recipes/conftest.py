@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def experiment(folder: Path) -> dict[str, Any]:
     """A head repair of six steps."""
     return {
-        "name": "finetune",
+        "name": "experiment",
         "model": str(folder / "model"),
         "head": {"name": "vq", "codes": 40},
         "data": str(folder / "train.txt"),

@@ -9,8 +9,10 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from text_rows import Batches, documents, rows, stacked
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_softheads.text.documents import read as documents
+from hf_softheads.text.packing import Batches, rows, stacked
 
 
 class Letters:

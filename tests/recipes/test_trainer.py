@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 import hf_softheads as sh
 from hf_softheads.attention import Softmax
 from hf_softheads.heads import VQ, Dense
+from hf_softheads.plan import dense_head
 from tests.conftest import VOCAB, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -68,7 +69,7 @@ def test_trainer_with_an_objective_trains_as_without(tmp_path: Path) -> None:
 def test_trainer_with_a_teacher_and_a_patched_head(tmp_path: Path) -> None:
     model = make_model("llama")
     sh.patch(model, head=VQ(codes=40))
-    goal = sh.trainer_loss(model, {"cross_entropy": 1.0, "kl": 0.5}, sh.dense_head(model))
+    goal = sh.trainer_loss(model, {"cross_entropy": 1.0, "kl": 0.5}, dense_head(model))
     curve = train(model, tmp_path)
     assert curve[5] < curve[0]
     assert set(goal.parts) == {"cross_entropy", "kl"}

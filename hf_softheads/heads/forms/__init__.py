@@ -1,0 +1,1 @@
+"""What several heads are made of: modules whose rows are rebuilt or coded, wrappers, and what is done to logits."""

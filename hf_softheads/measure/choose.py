@@ -1,0 +1,130 @@
+"""Choose the head that loses least within a byte budget, by trying the candidates on held-out hidden states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hf_softheads import bridge
+from hf_softheads.bridge import base_model
+from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.stats import HeadStats
+from hf_softheads.heads.transform_coded import TransformCoded
+from hf_softheads.measure.divergence import from_dense
+from hf_softheads.measure.sizes import stored_bits
+from hf_softheads.registry import variants
+
+_HELD_OUT = 4096  # states, at most a quarter of those in the statistics
+_NEEDED = 8192  # tokens in the statistics below which the choice is doubtful
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate: what it stores and what it loses.
+
+    Attributes:
+        bits: stored bits per weight of the dense matrix, parameters in bf16, everything included.
+        kl: `E KL(dense ‖ candidate)` in nats; perplexity grows by about `exp(kl)`.
+        agreement: how often the most likely token is the dense head's.
+    """
+
+    spec: HeadSpec
+    bits: float
+    kl: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `choose` found: the best spec, and all trials, the least loss first."""
+
+    spec: HeadSpec
+    trials: tuple[Trial, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{'bits':>6} {'KL':>8} {'top-1':>6}  head"]
+        lines += [f"{t.bits:6.2f} {t.kl:8.4f} {t.agreement:6.1%}  {t.spec}" for t in self.trials]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def choose(
+    model: nn.Module,
+    stats: HeadStats,
+    *,
+    bits: float | None = None,
+    nbytes: int | None = None,
+    candidates: Iterable[HeadSpec] | None = None,
+) -> Choice:
+    """The head of least KL divergence from the dense one that is stored in the budget; the model is not changed.
+
+    Every candidate is fitted with the statistics less a part of their hidden states, and measured on that part.
+
+    Args:
+        bits: budget per weight of the dense matrix, everything included; or
+        nbytes: budget in bytes.
+        candidates: default the two largest of every variant's ladder that fit, and `transform_coded` at just the
+            budget.
+
+    Raises:
+        ValueError: not exactly one budget, statistics of another model or of fewer than 4 hidden states, or no
+            candidate within the budget (the message names the smallest).
+    """
+    _, dense = bridge.find_head(base_model(model))
+    weight: Tensor = dense.weight.detach()
+    bias: Tensor | None = getattr(dense, "bias", None)
+    vocab, dim = weight.shape
+    stats.check(dim, vocab, least=_NEEDED)
+    if (bits is None) == (nbytes is None):
+        raise ValueError("give one budget: bits=… per weight, or nbytes=…")
+    budget = float(bits) if bits is not None else 8 * float(nbytes or 0) / weight.numel()
+    count = min(_HELD_OUT, len(stats.states) // 4)
+    if count < 1:
+        raise ValueError(
+            f"the statistics hold {len(stats.states)} hidden states; at least 4 needed"
+        )
+    held_out = stats.states[:count].to(weight.device)
+    fitting = replace(stats, states=stats.states[count:], labels=stats.labels[count:])
+    transform = bridge.logit_transform(base_model(model))
+    ladders = _ladders(dim, vocab, budget) if candidates is None else [list(candidates)]
+    sized: list[tuple[float, HeadSpec]] = []
+    smallest = math.inf
+    for ladder in ladders:
+        sizes = [stored_bits(spec, dim, vocab, bias=bias is not None) for spec in ladder]
+        smallest = min([smallest, *sizes])
+        fitting_in = [pair for pair in zip(sizes, ladder, strict=True) if pair[0] <= budget]
+        sized += fitting_in if candidates is not None else fitting_in[-2:]
+    trials = []
+    for stored, spec in tqdm(sized, desc="choosing a head", disable=None, leave=False):
+        with torch.device(weight.device):
+            head = spec.module(dim, vocab, bias=bias is not None)
+        head.transform = transform
+        spec.fit(head, weight, bias, fitting)
+        kl, agreement = from_dense(head, weight, bias, held_out)
+        trials.append(Trial(spec, stored, kl, agreement))
+    if not trials:
+        raise ValueError(
+            f"no head fits into {budget:.3f} bits per weight; the smallest candidate takes {smallest:.3f}"
+        )
+    trials.sort(key=lambda t: t.kl)
+    return Choice(trials[0].spec, tuple(trials))
+
+
+def _ladders(dim: int, vocab: int, budget: float) -> list[list[HeadSpec]]:
+    ladders = []
+    for cls in variants("head").values():
+        assert issubclass(cls, HeadSpec)
+        ladders.append(cls.ladder(dim, vocab))
+    for rank in (dim, dim * 3 // 4, dim // 2):
+        exact = TransformCoded(bits=budget, rank=rank)
+        try:
+            exact.check(dim, vocab)
+        except ValueError:
+            continue  # the budget does not even hold its tables, or is more than it can use
+        ladders.append([exact])
+    return ladders

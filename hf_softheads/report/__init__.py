@@ -1,0 +1,1 @@
+"""Tables, plots, cards and where numbers came from."""

@@ -1,0 +1,142 @@
+"""Model cards, rendered from measured results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_softheads.files import replacing
+from hf_softheads.report.tables import Table, human_bytes
+
+TEMPLATE = Path(__file__).parents[1] / "assets" / "card.md"
+RESULTS = "softheads_results.json"
+
+
+def write_card(folder: str | Path, results: Mapping[str, Any]) -> Path:
+    """Render `README.md` into a saved model's folder.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        results: `{"stages": [{"name": …, "perplexity": …, "kl": …, "top1": …}, …], "sizes": {…}, "data": …,
+            "base_model": …, "provenance": {…}, "repo": …}`; everything but `stages` may be missing.
+
+    Raises:
+        ValueError: the folder holds no patched model, or a stage without name or perplexity.
+    """
+    folder = Path(folder)
+    config_file = folder / "config.json"
+    name = str(results.get("repo") or folder.name)
+    plan = (
+        json.loads(config_file.read_text()).get("quantization_config")
+        if config_file.is_file()
+        else None
+    )
+    if not plan or plan.get("quant_method") != "softheads":
+        raise ValueError(
+            f"{folder} holds no model patched by hf_softheads (no plan in config.json)"
+        )
+    stages = results.get("stages") or []
+    for stage in stages:
+        if "name" not in stage or "perplexity" not in stage:
+            raise ValueError(f"a stage needs at least 'name' and 'perplexity', got {sorted(stage)}")
+    base = str(results.get("base_model") or "a pretrained model")
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
+    data = results.get("data")
+    card_data = ModelCardData(
+        library_name="transformers",
+        base_model=base if on_hub else None,
+        base_model_relation="quantized" if plan.get("head") else "finetune",
+        pipeline_tag="text-generation",
+        tags=["softheads", *_variant_names(plan)],
+        model_name=name,
+        eval_results=_eval_results(stages, str(data or "held-out text")),
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        model_name=name,
+        base_model_name=base,
+        repo=name,
+        plan=plan,
+        attention=", ".join(f"`{name}`" for name in _attention_names(plan)),
+        plan_json=json.dumps(plan, indent=1),
+        table=stage_table(stages).markdown() if stages else "Nothing was measured.",
+        sizes=_size_table(results.get("sizes") or {}),
+        data=data,
+        provenance_json=json.dumps(results.get("provenance", {}), indent=1),
+    )
+    target = folder / "README.md"
+    with replacing(target) as fresh:
+        card.save(fresh)
+    return target
+
+
+def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
+    """The quality of each stage of a retrofit, the first one the dense model, as the card and the demo show it."""
+    table = Table(
+        ["head", "perplexity", "ratio", "floor", "KL", "top-1", "parameters ÷", "bytes ÷"]
+    )
+    dense = stages[0]["perplexity"] if stages else None
+    for stage in stages:
+        table.add(
+            stage["name"],
+            f"{stage['perplexity']:.2f}",
+            _number(stage["perplexity"] / dense if dense else None, "{:.3f}"),
+            _number(stage.get("floor"), "{:.2f}"),
+            _number(stage.get("kl"), "{:.4f}"),
+            _number(stage.get("top1"), "{:.1%}"),
+            _number(stage.get("parameters_ratio"), "{:.1f}"),
+            _number(stage.get("bytes_ratio"), "{:.1f}"),
+        )
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _size_table(sizes: Mapping[str, Any]) -> str:
+    if not sizes:
+        return "Not measured."
+    table = Table(["", "this head", "dense bf16", "÷"])
+    for key, name, show in (
+        ("parameters", "parameters", "{:,}".format),
+        ("nbytes", "bytes as stored", human_bytes),
+        ("bytes_read", "bytes read a token", human_bytes),
+        ("flops", "FLOPs a token", "{:,}".format),
+    ):
+        mine, dense = sizes["head"][key], sizes["dense"][key]
+        table.add(name, show(mine), show(dense), f"{dense / mine:.1f}")
+    return table.markdown()
+
+
+def _attention_names(plan: Mapping[str, Any]) -> list[str]:
+    attention = plan.get("attention") or {}
+    if "name" in attention:
+        return [attention["name"]]
+    return sorted({spec["name"] for spec in attention.values()})
+
+
+def _variant_names(plan: Mapping[str, Any]) -> list[str]:
+    head = [plan["head"]["name"]] if plan.get("head") else []
+    return head + _attention_names(plan)
+
+
+def _eval_results(stages: Sequence[Mapping[str, Any]], data: str) -> list[EvalResult] | None:
+    if not stages:
+        return None
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=data,
+            metric_type="perplexity",
+            metric_name="strict perplexity",
+            metric_value=round(float(stages[-1]["perplexity"]), 4),
+        )
+    ]

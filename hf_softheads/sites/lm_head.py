@@ -1,0 +1,149 @@
+"""The output embedding of a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_softheads import bridge
+from hf_softheads.heads.base import Head
+from hf_softheads.sites.base import Fitting, Part, Row, Site
+
+
+class LMHead(Site):
+    slot = "head"
+    kind = "head"
+    order = 10
+
+    def is_in(self, model: PreTrainedModel) -> bool:
+        return model.get_output_embeddings() is not None
+
+    def build(self, model: PreTrainedModel, part: Part) -> Head:
+        _, dense = bridge.find_head(model)
+        vocab, dim = dense.weight.shape
+        part.value.check(dim, vocab)
+        head: Head = part.value.module(dim, vocab, bias=getattr(dense, "bias", None) is not None)
+        _cast(head, dense.weight.dtype)
+        return head
+
+    def prepare(self, model: PreTrainedModel, part: Part, fitting: Fitting) -> Head:
+        path, dense = bridge.find_head(model)
+        spec, weight = part.value, dense.weight
+        bias: Tensor | None = getattr(dense, "bias", None)
+        _check_matrix(path, weight, bias)
+        vocab, dim = weight.shape
+        spec.check(dim, vocab)
+        if fitting.stats is not None:
+            fitting.stats.check(dim, vocab)
+        with torch.device(weight.device):
+            head: Head = spec.module(dim, vocab, bias=bias is not None)
+        head.use_kernels(fitting.kernels)
+        fitting.demand(f"head {spec.name}", head.why_no_kernel())
+        head.transform = bridge.logit_transform(model)
+        own_bias = None if bias is None else bias.detach().float()
+        spec.fit(head, weight.detach(), own_bias, fitting.stats)
+        _cast(head, weight.dtype)
+        head.requires_grad_(weight.requires_grad)
+        head.train(dense.training)
+        if hasattr(dense, "_hf_hook"):
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(head, dense._hf_hook)
+        return head
+
+    def present(self, model: PreTrainedModel) -> nn.Module:
+        old: nn.Module = bridge.find_head(model)[1]
+        return old
+
+    def install(self, model: PreTrainedModel, new: Head) -> None:
+        """Put a head in place of the output embedding and untie it from the input embedding."""
+        path, _ = bridge.find_head(model)
+        new.untied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+        model.set_output_embeddings(new)
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+        tied = getattr(model, "all_tied_weights_keys", None)
+        if tied is not None:
+            model.all_tied_weights_keys = {
+                target: source
+                for target, source in tied.items()
+                if not (target.startswith(f"{path}.") or source.startswith(f"{path}."))
+            }
+
+    def restore(self, model: PreTrainedModel, old: nn.Module) -> None:
+        model.set_output_embeddings(old)
+
+    def check_restore(self, old: nn.Module | None) -> None:
+        if old is None:
+            raise ValueError(
+                "the dense head is no longer there: this model was loaded from a patched checkpoint; load the original "
+                "one"
+            )
+
+    def in_fp32(self, model: PreTrainedModel, new: Head) -> set[str]:
+        path, _ = bridge.find_head(model)
+        return {f"{path}.{name}" for name in new.keep_in_fp32}
+
+    def loaded(self, model: PreTrainedModel) -> None:
+        head = bridge.active_head(model)
+        if isinstance(head, Head):
+            head.transform = bridge.logit_transform(model)
+
+    def describe(self, model: PreTrainedModel, part: Part) -> tuple[Iterable[Row], list[str]]:
+        head = bridge.active_head(model)
+        if not isinstance(head, Head):
+            return [], []
+        dense = head.in_features * head.out_features
+        parameters = f"{head.n_parameters:,} ({head.n_parameters / dense:.2%} of dense)"
+        path, _ = bridge.find_head(model)
+        notes = head.notes()
+        if head.transform is None:
+            notes.append(
+                "logits are changed after the head in an unknown way: no loss without logits"
+            )
+        if head.untied:
+            notes.append("the input embedding was tied to the head and is now a copy of its own")
+        row = Row(path, part.value.short(), parameters, head.nbytes, head.backend)
+        return [row], notes
+
+
+def _cast(head: Head, dtype: torch.dtype) -> None:
+    """Parameters to `dtype`, but for those that the head keeps in fp32."""
+    for name, parameter in head.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(
+                torch.float32 if name in head.keep_in_fp32 else dtype
+            )
+
+
+def _check_matrix(path: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError unless the dense head can be read as numbers."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"{path}.{name} is not in memory (meta device or offloaded to disk); load the model without "
+                "offloading, patch it, save it, and offload what you saved"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{path}.{name} is quantized ({tensor.dtype}); patch the head of the original model"
+            )
+        bad = sum(int((~torch.isfinite(part)).sum()) for part in tensor.split(8192))
+        if bad:
+            raise ValueError(
+                f"{path}.{name} holds {bad} NaN or infinite values; a fit would spread them"
+            )
+
+
+def head_of(model: Any) -> Head | None:
+    """The model's patched head, or None."""
+    if model.get_output_embeddings() is None:
+        return None
+    head = bridge.active_head(model)
+    return head if isinstance(head, Head) else None

@@ -1,0 +1,1 @@
+"""Every source of text becomes token windows here."""

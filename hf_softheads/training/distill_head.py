@@ -1,0 +1,281 @@
+"""Repair a patched head: distil the dense head into it on the same hidden states, the body frozen."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hf_softheads.bridge import SplitModel, base_model
+from hf_softheads.hardware import bf16_is_fast
+from hf_softheads.heads.base import Head
+from hf_softheads.heads.forms.trainable_codes import TrainableCodes
+from hf_softheads.losses.base import LossSpec
+from hf_softheads.losses.kl import KL
+from hf_softheads.training.objective import Objective, Teacher
+from hf_softheads.training.pv_tuning import EVERY, DiscreteSteps, Measured
+
+CACHE_BYTES = 2**29
+_JUDGES = 2  # batches on which a discrete step is judged
+_LR = 3e-3  # of a head that suggests none
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What a repair did.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens: different hidden states seen.
+        first, last: mean loss over the first and the last tenth of the steps, nats.
+    """
+
+    steps: int
+    tokens: int
+    first: float
+    last: float
+
+
+def repair_head(
+    model: nn.Module,
+    teacher: nn.Module | Tensor | None,
+    rows: Tensor | tuple[Tensor, Tensor],
+    *,
+    steps: int = 400,
+    batch_size: int = 2048,
+    lr: float | None = None,
+    code_lr: float | None = None,
+    losses: Mapping[LossSpec | str, float] | None = None,
+    seed: int = 0,
+) -> Repair:
+    """Train only the model's head, in place, to give the teacher's distribution on the model's own hidden states.
+
+    The hidden states of `rows` are computed before they are needed and kept, at most 512 MiB of them at a time; every
+    step takes `batch_size` of those at random. Of more text, one part after another gets an equal share of the steps: a
+    head fits states that come back often, and no others. AdamW, a short warm-up, cosine decay to zero. Where the head's
+    integer codes can be trained (`TrainableCodes`), they are real numbers meanwhile, rounded in every step with the
+    gradient passed straight through, and integers again afterwards: what is stored keeps its size. That takes six
+    times the fp32 dense matrix in memory. Where rows are sums of codebook entries, every twentieth step is followed by
+    a discrete one, `DiscreteSteps`, which a rising loss takes back.
+
+    Args:
+        model: a patched model.
+        teacher: its dense head, `dense_head(model)`, or that head's matrix `(V, D)`; None with losses of the labels
+            alone.
+        rows: token windows `(N, W)` of training text; or what `cache_states` made of them, for several repairs.
+        lr: of the parameters; None: what the head says suits each, `TrainableCodes.repair_lr`.
+        code_lr: of the codes, in codes a step; 0 leaves all codes alone; None: the head's `code_lr`.
+        losses: default the forward KL; several with weights as for `Objective`.
+        seed: of the order of the hidden states.
+
+    Raises:
+        ValueError: nothing to train, no text, a teacher of another vocabulary, or a loss that is not finite,
+            after which the head is as it was.
+    """
+    head = SplitModel(base_model(model)).head
+    trained = [p for p in head.parameters() if p.is_floating_point()]
+    if not trained:
+        raise ValueError(f"the head {type(head).__name__} has no floating-point parameter to train")
+    if steps < 1 or batch_size < 1:
+        raise ValueError(
+            f"repair needs at least one step of one token, got {steps} of {batch_size}"
+        )
+    losses = losses or {KL(): 1.0}
+    step_of = _Step(model, losses, teacher)  # refuses before the text is read
+    supply = _Supply(model, rows, steps, batch_size, seed)
+    before = {k: v.clone() for k, v in head.state_dict().items()}
+    wanted = [p.requires_grad for p in trained]
+    for p in trained:
+        p.requires_grad_(True)
+    rates = [_LR if lr is None else lr] * len(trained)
+    codes: list[Tensor] = []
+    discrete = None
+    if isinstance(head, TrainableCodes):
+        if code_lr != 0 and head.additive() is not None:
+            discrete = DiscreteSteps(head, step_of.measure)
+        rates = [head.repair_lr(p) for p in trained] if lr is None else rates
+        code_lr = head.code_lr if code_lr is None else code_lr
+        codes = head.relax_codes() if code_lr else []
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(trained, rates, strict=True)]
+    if codes:
+        groups.append({"params": codes, "lr": float(code_lr or 0)})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))),
+    )
+    curve: list[float] = []
+    try:
+        with tqdm(total=steps, desc="repair", disable=None) as bar:
+            for step in range(steps):
+                curve.append(step_of(*supply.batch(step)))
+                if not math.isfinite(curve[-1]):
+                    raise ValueError(
+                        f"the loss is {curve[-1]} at step {step} of {steps}; the head was put back. Try a smaller lr"
+                    )
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                if discrete is not None and step_of.gradient is not None:
+                    discrete.note(step_of.gradient)
+                    if (step + 1) % EVERY == 0 and step + 1 < steps:
+                        discrete.take(supply.states, *supply.draw(_JUDGES * batch_size))
+                bar.update()
+                bar.set_postfix(loss=f"{curve[-1]:.3f}", refresh=False)
+    finally:
+        if isinstance(head, TrainableCodes):
+            head.round_codes()
+        if curve and not math.isfinite(curve[-1]):
+            head.load_state_dict(before)
+        for p, flag in zip(trained, wanted, strict=True):
+            p.requires_grad_(flag)
+            p.grad = None
+    tenth = max(1, steps // 10)
+    first, last = sum(curve[:tenth]) / tenth, sum(curve[-tenth:]) / tenth
+    return Repair(steps, supply.seen, first, last)
+
+
+class _Supply:
+    """Hidden states and labels for every step, from parts of the text that follow one another."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Tensor | tuple[Tensor, Tensor],
+        steps: int,
+        batch_size: int,
+        seed: int,
+    ):
+        self.model, self.size, self.seed = model, batch_size, seed
+        self.generator = torch.Generator().manual_seed(seed)
+        self.seen = 0
+        self.parts: list[Tensor] = []
+        self.first: list[int] = []  # step from which each part is in use
+        if not isinstance(rows, Tensor):
+            self.states, self.labels = rows
+            self.seen = len(self.labels)
+            return
+        _check_rows(rows)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        needed = -(-steps * batch_size // (rows.shape[1] - 1))  # windows
+        rows = rows[order[:needed]]
+        head = SplitModel(base_model(model)).head
+        width = head.in_features * (rows.shape[1] - 1) * 4
+        count = max(1, -(-len(rows) * width // CACHE_BYTES))
+        self.parts = list(rows.chunk(count))
+        self.first = [steps * i // len(self.parts) for i in range(len(self.parts))]
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        if step in self.first:
+            self.states = self.labels = torch.empty(0)  # room for the next
+            self.states, self.labels = _states_of(self.model, self.parts[self.first.index(step)])
+            self.seen += len(self.labels)
+        return self.draw(self.size)
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """Some of the states at hand, and the tokens that follow."""
+        chosen = torch.randint(len(self.labels), (count,), generator=self.generator)
+        return self.states[chosen], self.labels[chosen]
+
+
+class _Step:
+    """The gradients of one step. A head that is a matrix in another form builds it once for all tokens of the step."""
+
+    def __init__(self, model: nn.Module, losses: Mapping[LossSpec | str, float], teacher: Teacher):
+        self.head = SplitModel(base_model(model)).head
+        self.dtype = torch.float32
+        plain = teacher is None or isinstance(teacher, Tensor | nn.Linear)
+        if plain and self._parts() is not None and bf16_is_fast(self.head.weight.device):
+            self.dtype = torch.bfloat16
+            if isinstance(teacher, nn.Linear):
+                teacher = copy.deepcopy(teacher).to(self.dtype)
+        self.goal = Objective(model, losses, teacher)
+        self.gradient: Tensor | None = None  # in the dense matrix, of the last step
+
+    def __call__(self, hidden: Tensor, labels: Tensor) -> float:
+        device = self.head.weight.device
+        hidden, labels = hidden.to(device), labels.to(device)
+        parts = self._parts()
+        if parts is None:
+            loss = self.goal.from_hidden(hidden, labels)
+            loss.backward()
+            return float(loss.detach())
+        value, gradients = self._backward(parts, hidden, labels)
+        torch.autograd.backward(parts, gradients)
+        self.gradient = gradients[0]
+        return value
+
+    def measure(self, hidden: Tensor, labels: Tensor) -> Measured:
+        """Loss, matrix and gradient, without a trace in the parameters."""
+        parts = self._parts()
+        assert parts is not None
+        device = self.head.weight.device
+        loss, gradients = self._backward(parts, hidden.to(device), labels.to(device))
+        return Measured(loss, parts[0].detach(), gradients[0])
+
+    @torch.enable_grad()
+    def _backward(
+        self, parts: list[Tensor], hidden: Tensor, labels: Tensor
+    ) -> tuple[float, list[Tensor]]:
+        """The loss of a matrix and a bias, and its gradients in them."""
+        vocab, dim = parts[0].shape
+        dense = nn.Linear(dim, vocab, bias=len(parts) > 1, device="meta")
+        leaves = [nn.Parameter(part.detach()) for part in parts]
+        dense.weight = leaves[0]
+        if len(leaves) > 1:
+            dense.bias = leaves[1]
+        loss = self.goal.from_hidden(hidden.to(self.dtype), labels, dense)
+        loss.backward()
+        return float(loss.detach()), [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    def _parts(self) -> list[Tensor] | None:
+        """The head as a matrix and, if it has one, a bias."""
+        found = self.head.dense() if isinstance(self.head, Head) else None
+        return None if found is None else [part for part in found if part is not None]
+
+
+def cache_states(
+    model: nn.Module, rows: Tensor, *, tokens: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """About `tokens` hidden states `(S, D)` of token windows `(N, W)` and the tokens `(S,)` that follow, on the CPU.
+
+    At most 512 MiB of them, in random order of the windows.
+
+    Raises:
+        ValueError: no windows of at least two tokens.
+    """
+    _check_rows(rows)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return _states_of(model, rows[order], tokens)
+
+
+def _check_rows(rows: Tensor) -> None:
+    if rows.ndim != 2 or rows.shape[1] < 2 or not len(rows):
+        raise ValueError(f"repair needs token windows (N, W ≥ 2), got {tuple(rows.shape)}")
+
+
+@torch.no_grad()
+def _states_of(model: nn.Module, rows: Tensor, tokens: float = math.inf) -> tuple[Tensor, Tensor]:
+    reader = SplitModel(base_model(model))
+    device = reader.head.weight.device
+    kept: list[tuple[Tensor, Tensor]] = []
+    size = total = 0
+    training = reader.model.training
+    reader.model.eval()
+    try:
+        for batch in tqdm(rows.split(8), desc="hidden states", disable=None, leave=False):
+            hidden = reader.hidden(input_ids=batch.to(device))[:, :-1]
+            kept.append((hidden.flatten(0, 1).cpu(), batch[:, 1:].flatten()))
+            size += hidden.numel() * hidden.element_size()
+            total += kept[-1][1].numel()
+            if total >= tokens or size >= CACHE_BYTES:
+                break
+    finally:
+        reader.model.train(training)
+    return torch.cat([h for h, _ in kept]), torch.cat([y for _, y in kept])

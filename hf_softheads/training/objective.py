@@ -1,0 +1,338 @@
+"""Losses on a language model: shift, mask, chunks, weights and the teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from hf_softheads.bridge import (
+    Function,
+    SplitModel,
+    base_model,
+    check_transform,
+    head_as,
+    output_head,
+    vocabulary,
+)
+from hf_softheads.losses.base import HiddenLoss, LossSpec
+from hf_softheads.losses.cross_entropy import CrossEntropy
+from hf_softheads.registry import spec_from_dict
+from hf_softheads.training.dispatch import View, WeightedLosses
+from hf_softheads.training.fused_ce import backend as find_backend
+from hf_softheads.training.token_chunks import widened
+
+IGNORE = -100
+Reduction = Literal["mean", "sum", "none"]
+Teacher = Tensor | nn.Module | None
+
+
+class _Call(NamedTuple):
+    """One call's labels, for the stand-in of the head."""
+
+    kept: Tensor  # (B, T - 1) bool
+    labels: Tensor  # (n,)
+    scale: float | None  # None: per token
+    teacher_hidden: Tensor | None  # (B, T, D)
+    forward: Function
+
+
+class Objective:
+    """A weighted sum of losses of a causal language model, without its `(tokens, V)` logits.
+
+        goal = Objective(model, {losses.CrossEntropy(): 1.0, losses.KL(): 0.5}, teacher=dense)
+        goal(input_ids=ids, labels=ids).backward()
+
+    equals `F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())` plus half the KL from the
+    teacher. The model runs its own forward with its head replaced for the call, so any family, adapter or wrapper (DDP,
+    FSDP2, `torch.compile`) works; only positions with a label are scored, and gradients are computed chunk by chunk in
+    the forward pass, with fp32 sums.
+
+    Args:
+        model: a causal language model, patched or not, wrapped or not.
+        losses: loss specs (or their names) with their weights.
+        teacher: for distillation losses: the dense matrix `(V, D)` or a head module, which see the same hidden states
+            as the model's head; or another model of the same vocabulary, which runs on the same batch.
+        memory: bytes of logits that may be kept at once, in the dtype of the hidden states; 512 MiB by default. A
+            cross-entropy (any loss of a few numbers per token) computes those that do not fit a second time, so that
+            `memory=2**25` is its lean mode: a third more work.
+        backend: compute the gradients of a plain cross-entropy of a dense head by `torch` (`F.linear_cross_entropy`),
+            `liger` or `cce` (cut-cross-entropy) instead; refused where that is less exact.
+
+    Raises:
+        ImportError: the backend is not installed.
+        ValueError: no loss, a backend for other losses, a teacher that is missing, unused or of another vocabulary, a
+            model without an output embedding, or one that changes its logits in a way that is not understood.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        losses: Mapping[LossSpec | str, float],
+        teacher: Teacher = None,
+        *,
+        memory: int = 2**29,
+        backend: str | None = None,
+    ):
+        if memory < 0:
+            raise ValueError(f"memory is a number of bytes, got {memory}")
+        self.model = model
+        self.losses: dict[LossSpec, float] = {
+            spec_from_dict("loss", loss): float(weight) for loss, weight in losses.items()
+        }
+        self.teacher = teacher
+        reader = SplitModel(base_model(model))
+        self.vocab, self.transform = reader.vocab, reader.transform
+        self._weighted = WeightedLosses(self.losses, self.vocab, self.transform, memory, backend)
+        _check_losses(self.losses, teacher, self.vocab)
+        _check_backend(backend, self.losses)
+        self._teacher_reader = SplitModel(teacher) if isinstance(teacher, PreTrainedModel) else None
+        self._transform_checked = False
+        self._stand_in = torch.compiler.disable(self._score)
+        self._keep = torch.compiler.disable(self._keep_output)
+        self._call: _Call | None = None
+        self._out: Tensor | None = None
+
+    def __call__(
+        self,
+        *,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        reduction: Reduction = "mean",
+        **batch: Any,
+    ) -> Tensor:
+        """The loss of a batch as the model's forward takes it.
+
+        Args:
+            labels: `(B, T)` token ids; position t is predicted from the states before it; -100 does not count.
+                `(B, T, P)`, filled up with -100, for losses that take several right tokens.
+            num_items_in_batch: divide by this instead of by the number of labels here: with gradient accumulation or
+                several processes, the number in the whole batch.
+            reduction: `none` gives `(B, T - 1)`: the loss of predicting token t + 1, 0 where masked.
+
+        Returns:
+            A scalar, or `(B, T - 1)`; with no label at all exactly 0, with zero gradients.
+
+        Raises:
+            ValueError: labels outside the vocabulary or not shaped as the hidden states.
+        """
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        batch.setdefault("use_cache", False)
+        with self._instead_of_logits(labels, batch, num_items_in_batch, reduction):
+            self.model(**batch)
+            out = self._out
+        return self._result(out, reduction)
+
+    @contextlib.contextmanager
+    def _instead_of_logits(
+        self,
+        labels: Tensor,
+        batch: Mapping[str, Any],
+        num_items_in_batch: Tensor | int | None,
+        reduction: Reduction,
+    ) -> Iterator[None]:
+        """Within the context the model's head computes this loss on the labels; what it gave is in `_out`."""
+        targets = labels[:, 1:]
+        kept = targets != IGNORE if targets.ndim == 2 else (targets != IGNORE).any(-1)
+        chosen = targets[kept]
+        _check_labels(chosen, self.vocab)
+        if not self._transform_checked and "input_ids" in batch:
+            check_transform(self.model, self.transform, batch)
+            self._transform_checked = True
+        count = len(chosen) if num_items_in_batch is None else float(num_items_in_batch)
+        scale = {"mean": 1 / max(count, 1), "sum": 1.0, "none": None}[reduction]
+        teacher_hidden = self._teacher_hidden(batch)
+        hook = None
+        try:
+            with head_as(self.model, self._stand_in) as forward:
+                self._call = _Call(kept, chosen, scale, teacher_hidden, forward)
+                hook = output_head(self.model).register_forward_hook(self._keep)
+                yield
+        finally:
+            if hook is not None:
+                hook.remove()
+            self._call = self._out = None
+
+    def _result(self, out: Tensor | None, reduction: Reduction) -> Tensor:
+        if out is None:
+            raise RuntimeError(f"{type(self.model).__name__}.forward did not call its head")
+        return out[:, :-1, 0] if reduction == "none" else out.flatten()[0]
+
+    def from_hidden(self, hidden: Tensor, labels: Tensor, head: nn.Module | None = None) -> Tensor:
+        """The mean loss of hidden states `(n, D)` that are at hand already, and the tokens `(n,)` that follow them.
+
+        `head` stands in for the model's.
+        """
+        head, teacher = head or output_head(self.model), self._view(None)
+        return self._weighted.total(
+            head, head.forward, hidden, labels, teacher, 1 / max(len(labels), 1)
+        )
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The sum of every loss over the last call's labels, unweighted, by name."""
+        return self._weighted.parts
+
+    def _score(self, hidden: Tensor) -> Tensor:
+        """In the place of the head: the loss, shaped `(B, T, 1)`, so that wrappers' hooks see a real output."""
+        assert self._call is not None
+        kept, labels, scale, teacher_hidden, forward = self._call
+        if hidden.shape[:2] != (kept.shape[0], kept.shape[1] + 1):
+            raise ValueError(
+                f"labels are {kept.shape[0]} × {kept.shape[1] + 1}, the model's head sees "
+                f"{' × '.join(map(str, hidden.shape[:2]))} hidden states"
+            )
+        x = hidden[:, :-1][kept]
+        if teacher_hidden is not None:
+            teacher_hidden = teacher_hidden[:, :-1][kept]
+        head, teacher = output_head(self.model), self._view(teacher_hidden)
+        if scale is None:
+            each = self._weighted.per_token(head, forward, x, labels, teacher)
+            spread = widened(hidden.new_zeros(kept.shape)).masked_scatter(kept, each)
+            return F.pad(spread.unsqueeze(-1), (0, 0, 0, 1))
+        total = self._weighted.total(head, forward, x, labels, teacher, scale)
+        return total.repeat(*hidden.shape[:2], 1)  # a view would lose FSDP2's hook
+
+    def _keep_output(self, _: nn.Module, __: Any, out: Tensor) -> None:
+        """What the head gave after the hooks of wrappers: ZeRO-3 puts another tensor in its place."""
+        self._out = out
+
+    @torch.no_grad()
+    def _teacher_hidden(self, batch: Mapping[str, Any]) -> Tensor | None:
+        if self._teacher_reader is None:
+            return None
+        teacher = self._teacher_reader.model
+        training = teacher.training
+        teacher.eval()
+        try:
+            return self._teacher_reader.hidden(
+                **{k: v for k, v in batch.items() if k != "use_cache"}
+            )
+        finally:
+            teacher.train(training)
+
+    def _view(self, hidden: Tensor | None) -> View:
+        own = None if hidden is None else self._teacher_reader
+        transform = self.transform if own is None else own.transform
+        return View(self._teacher_scores, transform, hidden)
+
+    @torch.no_grad()
+    def _teacher_scores(self, hidden: Tensor, of_teacher: Tensor | None) -> Tensor | None:
+        """From the student's hidden states, or from its own where it is a model."""
+        if self.teacher is None:
+            return None
+        if isinstance(self.teacher, Tensor):
+            gather = getattr(self.teacher, "full_tensor", None)  # a sharded matrix
+            weight = self.teacher if gather is None else gather()
+            return F.linear(hidden, weight.to(hidden.device, hidden.dtype))
+        if of_teacher is None:
+            return self.teacher(hidden)  # type: ignore[no-any-return]
+        assert self._teacher_reader is not None
+        return self._teacher_reader.head(of_teacher)  # type: ignore[no-any-return]
+
+
+def _check_labels(chosen: Tensor, vocab: int) -> None:
+    if not chosen.numel():
+        return
+    low, high = int(chosen.min()), int(chosen.max())
+    if high >= vocab or (low < 0 and chosen.ndim == 1):
+        raise ValueError(
+            f"labels must be token ids from 0 to {vocab - 1}, or {IGNORE}; got {low} … {high}. Is the tokenizer "
+            "another model's?"
+        )
+
+
+def _check_backend(name: str | None, losses: Mapping[LossSpec, float]) -> None:
+    if name is None:
+        return
+    find_backend(name)
+    if list(losses) != [CrossEntropy()]:
+        listed = ", ".join(loss.name for loss in losses)
+        raise ValueError(f"the backend {name!r} computes cross_entropy alone, not {listed}")
+
+
+def _check_losses(losses: Mapping[LossSpec, float], teacher: Teacher, vocab: int) -> None:
+    if not losses:
+        raise ValueError("an Objective needs at least one loss, e.g. {losses.CrossEntropy(): 1.0}")
+    for loss, weight in losses.items():
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of {loss.name} is {weight}")
+    wanting = [loss.name for loss in losses if loss.needs_teacher]
+    if teacher is None:
+        if wanting:
+            raise ValueError(
+                f"{', '.join(wanting)} compare with a teacher: pass teacher=, a dense matrix (V, D), a head "
+                "module, or another model of the same vocabulary"
+            )
+        return
+    if not wanting:
+        names = ", ".join(loss.name for loss in losses)
+        raise ValueError(f"a teacher is given but none of the losses ({names}) uses one")
+    if any(isinstance(loss, HiddenLoss) for loss in losses) and not isinstance(
+        teacher, PreTrainedModel
+    ):
+        raise ValueError("hidden_mse compares with the hidden states of another model as teacher")
+    if vocabulary(teacher) != vocab:
+        raise ValueError(
+            f"the teacher has {vocabulary(teacher)} tokens, the model {vocab}: distillation compares "
+            "distributions over one vocabulary"
+        )
+
+
+def trainer_loss(
+    model: PreTrainedModel,
+    losses: Mapping[LossSpec | str, float] | None = None,
+    teacher: Teacher = None,
+) -> TrainerLoss:
+    """Let `transformers.Trainer` (and anything else that calls `model(**batch, labels=…)`) train with an Objective.
+
+    In training mode the model's forward then returns this loss and no logits; in evaluation mode nothing changes.
+    `losses` default to cross-entropy. Returns the Objective, whose `remove()` ends this; the model gets two hooks and
+    nothing else.
+    """
+    return TrainerLoss(model, losses or {CrossEntropy(): 1.0}, teacher)
+
+
+class TrainerLoss(Objective):
+    """An Objective that computes the loss of every training call of its model that has labels; see `trainer_loss`."""
+
+    def __init__(
+        self, model: nn.Module, losses: Mapping[LossSpec | str, float], teacher: Teacher = None
+    ):
+        super().__init__(model, losses, teacher)
+        self._running: contextlib.ExitStack | None = None
+        self._hooks = (
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        )
+
+    def remove(self) -> None:
+        """Take the hooks off: the model computes its own loss again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if args or kwargs.get("labels") is None or not module.training:
+            return None
+        batch = {"use_cache": False, **kwargs}
+        labels, items = batch.pop("labels"), batch.pop("num_items_in_batch", None)
+        running = contextlib.ExitStack()
+        running.enter_context(self._instead_of_logits(labels, batch, items, "mean"))
+        self._running = running
+        return args, batch
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if self._running is None:
+            return None
+        running, self._running = self._running, None
+        with running:
+            out = self._out
+        return None if output is None else CausalLMOutput(loss=self._result(out, "mean"))
