@@ -27,7 +27,7 @@ def blocks(count: int) -> Iterator[slice]:
 
 
 def progress(steps: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """`steps` with a bar for those that take longer than a moment, where somebody looks."""
+    """`steps` with a progress bar on a terminal, shown after two seconds."""
     bar: Iterable[T] = tqdm(
         steps, description, total, disable=None, leave=False, delay=_PATIENCE, mininterval=0.5
     )

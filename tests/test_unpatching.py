@@ -1,0 +1,90 @@
+"""`unpatch` puts back everything: modules, hooks, ties, settings, the class."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hf_softheads as sh
+
+from .conftest import FAMILIES, make_model
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything that could tell a patched model from the original one."""
+    found: dict[str, Any] = {"class": type(model), "config": model.config.to_dict()}
+    for path, module in model.named_modules():
+        fields = {k: v for k, v in vars(module).items() if not isinstance(v, dict)}
+        fields["hooks"] = [dict(getattr(module, name)) for name in _HOOKS]
+        fields["children"] = {name: id(child) for name, child in module.named_children()}
+        fields["parameters"] = {n: id(p) for n, p in module.named_parameters(recurse=False)}
+        found[path] = fields
+        if hasattr(module, "config"):
+            found[f"{path} config"] = dict(vars(module.config))
+    fields = {k: v for k, v in vars(model).items() if k not in ("_modules", "_parameters")}
+    found["dict"] = {k: dict(v) if isinstance(v, dict) else v for k, v in fields.items()}
+    return found
+
+
+PATCHES: dict[str, list[dict[str, Any]]] = {
+    "head": [{"head": sh.heads.VQ(codes=24)}],
+    "attention": [{"attention": sh.attention.Gated()}],  # reads the layer's input: a hook
+    "both": [{"head": "dense", "attention": sh.attention.Gated()}],
+    "one after the other": [{"attention": {0: sh.attention.Gated()}}, {"head": "dense"}],
+}
+
+
+@pytest.mark.parametrize("patches", PATCHES.values(), ids=PATCHES)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_nothing_of_a_patch_stays(
+    family: str, tied: bool, patches: list[dict[str, Any]], tokens: Tensor
+) -> None:
+    model = make_model(family, tie_word_embeddings=tied)
+    before, logits = state(model), model(tokens).logits
+    for patch in patches:
+        sh.patch(model, **patch)
+    assert state(model) != before
+    sh.unpatch(model)
+    assert state(model) == before
+    assert torch.equal(model(tokens).logits, logits)
+
+
+def test_settings_that_were_changed_meanwhile_stay(tokens: Tensor) -> None:
+    model = make_model("llama")
+    sh.patch(model, head="dense", attention="ssmax")
+    model.config.use_cache = False
+    model.train()
+    sh.unpatch(model)
+    assert model.config.use_cache is False
+    assert model.training
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_copy_of_a_patched_model_is_unpatched_by_itself(family: str, tokens: Tensor) -> None:
+    model = make_model(family)
+    logits = model(tokens).logits
+    sh.patch(model, head="dense", attention="softmax")
+    twin = copy.deepcopy(model)
+    sh.unpatch(twin)
+    assert "quantization_config" not in twin.config.to_dict()
+    assert "quantization_config" in model.config.to_dict()
+    assert torch.equal(twin(tokens).logits, logits)
+    assert model.config._attn_implementation == "hf_softheads"
+
+
+def test_an_objective_of_the_trainer_adds_two_hooks_and_takes_them_off() -> None:
+    model = make_model("llama")
+    before = state(model)
+    goal = sh.trainer_loss(model)
+    changed = {key for key, value in state(model).items() if value != before[key]}
+    assert changed == {"", "dict"}
+    assert {k for k, v in vars(model).items() if callable(v)} == set()
+    goal.remove()
+    assert state(model) == before
