@@ -20,6 +20,7 @@ from hf_softheads.bridge.heads import Function as Function
 from hf_softheads.bridge.heads import SplitModel as SplitModel
 from hf_softheads.bridge.heads import active_head as active_head
 from hf_softheads.bridge.heads import base_model as base_model
+from hf_softheads.bridge.heads import check_linear as check_linear
 from hf_softheads.bridge.heads import check_transform as check_transform
 from hf_softheads.bridge.heads import find_head as find_head
 from hf_softheads.bridge.heads import head_as as head_as

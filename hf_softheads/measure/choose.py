@@ -75,7 +75,8 @@ def choose(
         ValueError: not exactly one budget, statistics of another model or of fewer than 4 hidden states, or no
             candidate within the budget (the message names the smallest).
     """
-    _, dense = bridge.find_head(base_model(model))
+    path, dense = bridge.find_head(base_model(model))
+    bridge.check_linear(path, dense)
     weight: Tensor = dense.weight.detach()
     bias: Tensor | None = getattr(dense, "bias", None)
     vocab, dim = weight.shape

@@ -35,6 +35,7 @@ class LMHead(Site):
         spec, weight = part.value, dense.weight
         bias: Tensor | None = getattr(dense, "bias", None)
         _check_matrix(path, weight, bias)
+        bridge.check_linear(path, dense)
         vocab, dim = weight.shape
         spec.check(dim, vocab)
         if fitting.stats is not None:
