@@ -2,7 +2,8 @@
 
 `attention`: the registered implementation, its mask, the layers. `hidden`: the layer's input and its cache. `heads`:
 the output embedding, hidden states, what a family does to its logits. `classifiers`: the last module of a sequence
-classifier. `subclass`: the class of a patched model, and the loss inside its head. `ties`: parameters that are one.
+classifier. `subclass`: the class of a patched model, and the loss inside its head. `linear`: what else
+a dense head may do. `ties`: parameters that are one.
 `probe`: a trial run. Nothing is assigned into a transformers class.
 """
 
@@ -20,7 +21,6 @@ from hf_softheads.bridge.heads import Function as Function
 from hf_softheads.bridge.heads import SplitModel as SplitModel
 from hf_softheads.bridge.heads import active_head as active_head
 from hf_softheads.bridge.heads import base_model as base_model
-from hf_softheads.bridge.heads import check_linear as check_linear
 from hf_softheads.bridge.heads import check_transform as check_transform
 from hf_softheads.bridge.heads import find_head as find_head
 from hf_softheads.bridge.heads import head_as as head_as
@@ -34,6 +34,7 @@ from hf_softheads.bridge.hidden import capture_layer_input as capture_layer_inpu
 from hf_softheads.bridge.hidden import check_values as check_values
 from hf_softheads.bridge.hidden import drop_variant as drop_variant
 from hf_softheads.bridge.hidden import give_variant as give_variant
+from hf_softheads.bridge.linear import check_linear as check_linear
 from hf_softheads.bridge.probe import probe as probe
 from hf_softheads.bridge.subclass import Patched as Patched
 from hf_softheads.bridge.subclass import restore_class as restore_class
