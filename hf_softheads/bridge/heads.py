@@ -112,7 +112,7 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform | None:
     """
     path, head = find_head(model)
     width = getattr(head, "in_features", None) or head.weight.shape[-1]
-    device = head.weight.device
+    device = _execution_device(head)
     hidden = torch.zeros(1, 1, width, device=device, dtype=head.weight.dtype)
     stubbed = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
     recorder = _Recorder()
@@ -152,6 +152,15 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform | None:
             else:
                 module.forward = forward
     return recorder.transform(result.logits)
+
+
+def _execution_device(head: Any) -> Any:
+    """Where a head computes: of one that is offloaded, not where its parameters are."""
+    device = head.weight.device
+    hook = getattr(head, "_hf_hook", None)
+    if device.type != "meta" or hook is None:
+        return device
+    return getattr(hook, "execution_device", None) or "cpu"
 
 
 class _AnyOutput:
@@ -284,29 +293,33 @@ def head_as(model: nn.Module, function: Function) -> Iterator[Function]:
 
 
 @torch.no_grad()
-def check_transform(model: nn.Module, transform: LogitTransform, batch: Mapping[str, Any]) -> None:
-    """Compare the head's scores after `transform` with the model's own logits on a few tokens.
+def check_transform(model: nn.Module, transform: LogitTransform, batch: Mapping[str, Any]) -> Any:
+    """Compare the head's scores after `transform` with the model's own logits on a few tokens; its output on them.
 
     Raises:
         ValueError: they differ.
     """
     base = base_model(model)
     raw: list[Tensor] = []
-    handle = output_head(model).register_forward_hook(lambda _, __, out: raw.append(out))
+
+    def own(hidden: Tensor) -> Tensor:
+        raw.append(original(hidden))
+        return raw[-1]
+
     training = base.training
     base.eval()
     try:
         # with its wrappers, which gather sharded parameters; but nothing is compiled for so few tokens
-        wrapped = getattr(model, "_orig_mod", model)
-        logits = wrapped(input_ids=batch["input_ids"][:1, :8], use_cache=False).logits.float()
+        with head_as(model, own) as original:
+            output = getattr(model, "_orig_mod", model)(**batch, use_cache=False)
     finally:
-        handle.remove()
         base.train(training)
-    expected = transform(raw[0].float())
+    logits, expected = output.logits.float(), transform(raw[0].float())
     error = float((logits - expected).abs().max())
     if not error <= 1e-2 * float(expected.abs().max()) + 1e-4:
         raise ValueError(
             f"the logits of {type(base).__name__} differ by {error:.3g} from its head's scores after "
-            f"{transform}: it does something after its head that is not understood, so a loss computed from "
-            "hidden states would be wrong"
+            f"{transform}: it does something after its head (a hook on the head counts too) that is not understood, so "
+            "a loss computed from hidden states would be wrong"
         )
+    return output

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -13,11 +14,14 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from hf_softheads.attention.base import AttentionVariant
 from hf_softheads.bridge.attention import IMPLEMENTATION, showing
 from hf_softheads.bridge.classifiers import active_classifier, pooling
+from hf_softheads.bridge.family_loss import IGNORE, asks_for_loss, targets_of, without_logits
 from hf_softheads.bridge.heads import active_head
 from hf_softheads.bridge.hidden import CHILD
 from hf_softheads.bridge.ties import without_heads
 from hf_softheads.classifiers.base import PooledClassifier
 from hf_softheads.heads.base import Head
+
+_CALL = "_softheads_call"  # the labels of a call whose loss the head computes
 
 
 class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -25,6 +29,7 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
 
     _adopted_from: type[PreTrainedModel]
     _adopted_outer: bool
+    _asks_for_loss: bool
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Head | AttentionVariant | PooledClassifier):
@@ -77,9 +82,9 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
 
     @property
     def loss_function(self) -> Any:
-        head = active_head(self)
-        if isinstance(head, Head) and head.nll is not None:
-            return functools.partial(_loss_from_head, head)
+        head, call = active_head(self), getattr(self, _CALL, None)
+        if isinstance(head, Head) and head.nll is not None and call is not None:
+            return functools.partial(_loss_from_head, head, call)
         return super().loss_function
 
     @loss_function.setter
@@ -87,7 +92,7 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
         self._loss_function = value
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (self._adopted_from, self._adopted_outer), self.__dict__
+        return _blank, (self._adopted_from, self._adopted_outer, self._asks_for_loss), self.__dict__
 
 
 def _resized(head: Head, vocab: int) -> Head:
@@ -102,7 +107,7 @@ def subclass_patched(model: PreTrainedModel) -> None:
     so that training with labels computes the loss inside the head, without logits."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not isinstance(module, Patched):
-            module.__class__ = _adopted(module.__class__, module is model)
+            module.__class__ = _adopted(module.__class__, module is model, asks_for_loss(module))
 
 
 def restore_class(model: PreTrainedModel) -> None:
@@ -113,21 +118,22 @@ def restore_class(model: PreTrainedModel) -> None:
 
 
 @functools.cache
-def _adopted(cls: Any, outer: bool) -> Any:
+def _adopted(cls: Any, outer: bool, asks: bool) -> Any:
     members: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "_adopted_from": cls,
         "_adopted_outer": outer,
+        "_asks_for_loss": asks,
     }
     if outer:
         members["forward"] = _fused_forward(cls.forward)
     return type(cls.__name__, (Patched, cls), members)
 
 
-def _blank(cls: Any, outer: bool) -> Any:
-    adopted = _adopted(cls, outer)
+def _blank(cls: Any, outer: bool, asks: bool) -> Any:
+    adopted = _adopted(cls, outer, asks)
     return adopted.__new__(adopted)
 
 
@@ -148,24 +154,45 @@ def _fused_forward(original: Any) -> Any:
             return without_maps(self, *args, **kwargs)
 
     def without_maps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        targets = _targets(self, kwargs)
-        if targets is None:
+        call = _fusable(self, kwargs)
+        if call is None:
             return original(self, *args, **kwargs)
         head: Any = active_head(self)
-        head.targets = targets
+        head.targets = call.targets
+        setattr(self, _CALL, call)
         try:
             output = original(self, *args, **kwargs)
-            used = head.targets is None and head.nll is None
+            if (
+                head.targets is not None
+            ):  # the head saw other positions than the labels': it gave logits
+                return output
+            if head.nll is None:
+                return without_logits(output, output[0])
+        except _OtherLoss:
+            pass
         finally:
             head.targets = head.nll = None
-        # a class that never asks for `loss_function` computed something else from the stand-in: run it plainly
-        return _without_logits(output) if used else original(self, *args, **kwargs)
+            delattr(self, _CALL)
+        return original(self, *args, **kwargs)
 
     return forward
 
 
-def _targets(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Labels shifted by one, or None when the loss must come from real logits."""
+class _Call(NamedTuple):
+    """The labels of one call whose loss the head computes."""
+
+    labels: Tensor
+    shift_labels: Tensor | None
+    ignore_index: int
+    targets: Tensor  # (B, T), -100 where nothing is to be predicted
+
+
+class _OtherLoss(Exception):
+    """The family wants another loss than the head has computed."""
+
+
+def _fusable(model: Any, kwargs: dict[str, Any]) -> _Call | None:
+    """The call's labels, or None when the loss must come from real logits."""
     labels = kwargs.get("labels")
     if labels is None or not model.training or kwargs.get("logits_to_keep"):
         return None
@@ -174,22 +201,51 @@ def _targets(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
         not isinstance(head, Head)
         or head.transform is None
         or model.loss_function is not ForCausalLMLoss
+        or not model._asks_for_loss
     ):
         return None
-    shifted: Tensor | None = kwargs.get("shift_labels")
-    return nn.functional.pad(labels, (0, 1), value=-100)[..., 1:] if shifted is None else shifted
+    shift_labels, ignore_index = kwargs.get("shift_labels"), kwargs.get("ignore_index", IGNORE)
+    targets = targets_of(model, labels, shift_labels, ignore_index)
+    return _Call(labels, shift_labels, ignore_index, targets)
 
 
-def _loss_from_head(head: Head, *_: Any, num_items_in_batch: Any = None, **__: Any) -> Tensor:
-    """Mean over the labelled tokens, or the sum over `num_items_in_batch` as transformers defines it; 0 if none."""
-    assert head.nll is not None
-    assert head.counted is not None
+def _loss_from_head(
+    head: Head,
+    call: _Call,
+    logits: Any,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Any = None,
+    ignore_index: int = IGNORE,
+    shift_labels: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """`ForCausalLMLoss` from what the head has computed: the mean over the labelled tokens, or the sum over
+    `num_items_in_batch`; 0 if none.
+
+    Raises:
+        _OtherLoss: the family asks for it with other labels than the head was given.
+    """
     nll, head.nll = head.nll, None
+    assert nll is not None
+    assert head.counted is not None
+    trusted = (
+        labels is call.labels
+        and shift_labels is call.shift_labels
+        and ignore_index == call.ignore_index
+        and call.targets is not call.labels
+    )
+    if not trusted:
+        wanted = shift_labels
+        if wanted is None and labels is not None:
+            wanted = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        if wanted is not None and ignore_index != IGNORE:
+            wanted = wanted.masked_fill(wanted == ignore_index, IGNORE)
+        if wanted is None or not _equal(wanted, call.targets):
+            raise _OtherLoss
     items = head.counted.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return nll.sum() / (items.to(nll.device) if isinstance(items, Tensor) else items)
 
 
-def _without_logits(output: Any) -> Any:
-    if isinstance(output, tuple):  # (loss, logits, …)
-        return (output[0], None, *output[2:])
-    return type(output)(**{name: value for name, value in output.items() if name != "logits"})
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and torch.equal(a, b.to(a.device)))

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
 
 from hf_softheads.bridge import (
+    IGNORE,
     Function,
     SplitModel,
+    asks_for_loss,
     base_model,
+    check_own_loss,
     check_transform,
     head_as,
+    loss_as,
+    loss_of,
     output_head,
+    targets_of,
     vocabulary,
+    with_decoder_inputs,
+    without_logits,
 )
 from hf_softheads.losses.base import HiddenLoss, LossSpec
 from hf_softheads.losses.cross_entropy import CrossEntropy
@@ -29,15 +36,16 @@ from hf_softheads.training.dispatch import View, WeightedLosses
 from hf_softheads.training.fused_ce import backend as find_backend
 from hf_softheads.training.token_chunks import widened
 
-IGNORE = -100
 Reduction = Literal["mean", "sum", "none"]
 Teacher = Tensor | nn.Module | None
+
+_FEW = 8  # tokens of the trial run
 
 
 class _Call(NamedTuple):
     """One call's labels, for the stand-in of the head."""
 
-    kept: Tensor  # (B, T - 1) bool
+    kept: Tensor  # (B, T) bool
     labels: Tensor  # (n,)
     scale: float | None  # None: per token
     teacher_hidden: Tensor | None  # (B, T, D)
@@ -53,10 +61,11 @@ class Objective:
     equals `F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())` plus half the KL from the
     teacher. The model runs its own forward with its head replaced for the call, so any family, adapter or wrapper (DDP,
     FSDP2, `torch.compile`) works; only positions with a label are scored, and gradients are computed chunk by chunk in
-    the forward pass, with fp32 sums.
+    the forward pass, with fp32 sums. What the model's own forward adds to its loss, such as a router's balance, stays
+    in it. A model with an encoder predicts each label at its own place, as its decoder reads them shifted already.
 
     Args:
-        model: a causal language model, patched or not, wrapped or not.
+        model: a language model, patched or not, wrapped or not.
         losses: loss specs (or their names) with their weights.
         teacher: for distillation losses: the dense matrix `(V, D)` or a head module, which see the same hidden states
             as the model's head; or another model of the same vocabulary, which runs on the same batch.
@@ -97,6 +106,9 @@ class Objective:
         self._transform_checked = False
         self._stand_in = torch.compiler.disable(self._score)
         self._keep = torch.compiler.disable(self._keep_output)
+        self._loss_of_family = torch.compiler.disable(self._own_loss)
+        self._family_loss: Callable[..., Tensor] | None = None
+        self._aligned = bool(base_model(model).config.is_encoder_decoder)
         self._call: _Call | None = None
         self._out: Tensor | None = None
 
@@ -113,6 +125,7 @@ class Objective:
         Args:
             labels: `(B, T)` token ids; position t is predicted from the states before it; -100 does not count.
                 `(B, T, P)`, filled up with -100, for losses that take several right tokens.
+            batch: `shift_labels` and `ignore_index` mean what they mean to transformers' losses.
             num_items_in_batch: divide by this instead of by the number of labels here: with gradient accumulation or
                 several processes, the number in the whole batch.
             reduction: `none` gives `(B, T - 1)`: the loss of predicting token t + 1, 0 where masked.
@@ -126,10 +139,13 @@ class Objective:
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
         batch.setdefault("use_cache", False)
-        with self._instead_of_logits(labels, batch, num_items_in_batch, reduction):
-            self.model(**batch)
+        with self._instead_of_logits(labels, batch, num_items_in_batch, reduction) as inputs:
+            output = self.model(**inputs)
             out = self._out
-        return self._result(out, reduction)
+        if reduction != "none":
+            return self._total(output, out)
+        each = self._given(out)[..., 0]
+        return each if self._aligned or "shift_labels" in batch else each[:, :-1]
 
     @contextlib.contextmanager
     def _instead_of_logits(
@@ -138,33 +154,58 @@ class Objective:
         batch: Mapping[str, Any],
         num_items_in_batch: Tensor | int | None,
         reduction: Reduction,
-    ) -> Iterator[None]:
-        """Within the context the model's head computes this loss on the labels; what it gave is in `_out`."""
-        targets = labels[:, 1:]
+    ) -> Iterator[dict[str, Any]]:
+        """Within the context the model's head computes this loss on the labels; what it gave is in `_out`. Gives what
+        the model is to be called with."""
+        base, inputs = base_model(self.model), dict(batch)
+        about = {k: inputs.pop(k) for k in ("shift_labels", "ignore_index") if k in inputs}
+        targets = targets_of(base, labels, **about)
         kept = targets != IGNORE if targets.ndim == 2 else (targets != IGNORE).any(-1)
         chosen = targets[kept]
         _check_labels(chosen, self.vocab)
+        with_decoder_inputs(base, labels, inputs)
+        asks = asks_for_loss(base)
         if not self._transform_checked and "input_ids" in batch:
-            check_transform(self.model, self.transform, batch)
+            few = _few_tokens(inputs)
+            if not asks and labels.ndim == 2 and not about:
+                few["labels"] = labels[:1, :_FEW]
+            output = check_transform(self.model, self.transform, few)
+            if "labels" in few:
+                check_own_loss(base, output, targets_of(base, few["labels"]))
             self._transform_checked = True
         count = len(chosen) if num_items_in_batch is None else float(num_items_in_batch)
         scale = {"mean": 1 / max(count, 1), "sum": 1.0, "none": None}[reduction]
-        teacher_hidden = self._teacher_hidden(batch)
+        teacher_hidden = self._teacher_hidden(inputs)
         hook = None
         try:
-            with head_as(self.model, self._stand_in) as forward:
+            with contextlib.ExitStack() as stack:
+                forward = stack.enter_context(head_as(self.model, self._stand_in))
+                if asks:
+                    self._family_loss = stack.enter_context(loss_as(base, self._loss_of_family))
+                    inputs["labels"] = labels
                 self._call = _Call(kept, chosen, scale, teacher_hidden, forward)
                 hook = output_head(self.model).register_forward_hook(self._keep)
-                yield
+                yield inputs
         finally:
             if hook is not None:
                 hook.remove()
-            self._call = self._out = None
+            self._call = self._out = self._family_loss = None
 
-    def _result(self, out: Tensor | None, reduction: Reduction) -> Tensor:
+    def _own_loss(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """In the place of the family's loss function: this loss, to which its forward may add."""
+        if self._family_loss is not None and logits.shape[-1] != 1:  # of another head of the model
+            return self._family_loss(logits, *args, **kwargs)
+        return self._given(self._out).flatten()[0].clone()
+
+    def _given(self, out: Tensor | None) -> Tensor:
         if out is None:
             raise RuntimeError(f"{type(self.model).__name__}.forward did not call its head")
-        return out[:, :-1, 0] if reduction == "none" else out.flatten()[0]
+        return out
+
+    def _total(self, output: Any, out: Tensor | None) -> Tensor:
+        """The loss with all that the family's forward added to it."""
+        given, whole = self._given(out), loss_of(output)
+        return given.flatten()[0] if whole is None else whole
 
     def from_hidden(self, hidden: Tensor, labels: Tensor, head: nn.Module | None = None) -> Tensor:
         """The mean loss of hidden states `(n, D)` that are at hand already, and the tokens `(n,)` that follow them.
@@ -185,19 +226,19 @@ class Objective:
         """In the place of the head: the loss, shaped `(B, T, 1)`, so that wrappers' hooks see a real output."""
         assert self._call is not None
         kept, labels, scale, teacher_hidden, forward = self._call
-        if hidden.shape[:2] != (kept.shape[0], kept.shape[1] + 1):
+        if hidden.shape[:2] != kept.shape:
             raise ValueError(
-                f"labels are {kept.shape[0]} × {kept.shape[1] + 1}, the model's head sees "
+                f"labels are {kept.shape[0]} × {kept.shape[1]}, the model's head sees "
                 f"{' × '.join(map(str, hidden.shape[:2]))} hidden states"
             )
-        x = hidden[:, :-1][kept]
+        x = hidden[kept]
         if teacher_hidden is not None:
-            teacher_hidden = teacher_hidden[:, :-1][kept]
+            teacher_hidden = teacher_hidden[kept]
         head, teacher = output_head(self.model), self._view(teacher_hidden)
         if scale is None:
             each = self._weighted.per_token(head, forward, x, labels, teacher)
             spread = widened(hidden.new_zeros(kept.shape)).masked_scatter(kept, each)
-            return F.pad(spread.unsqueeze(-1), (0, 0, 0, 1))
+            return spread.unsqueeze(-1)
         total = self._weighted.total(head, forward, x, labels, teacher, scale)
         return total.repeat(*hidden.shape[:2], 1)  # a view would lose FSDP2's hook
 
@@ -237,6 +278,14 @@ class Objective:
             return self.teacher(hidden)  # type: ignore[no-any-return]
         assert self._teacher_reader is not None
         return self._teacher_reader.head(of_teacher)  # type: ignore[no-any-return]
+
+
+def _few_tokens(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The first tokens of a batch's first row, for encoder and decoder, and the call's switches."""
+    names = ("input_ids", "decoder_input_ids")
+    tokens = {name: batch[name][:1, :_FEW] for name in names if name in batch}
+    switches = {k: v for k, v in batch.items() if isinstance(v, bool) and k != "use_cache"}
+    return {**switches, **tokens, "return_dict": True}
 
 
 def _check_labels(chosen: Tensor, vocab: int) -> None:
@@ -325,14 +374,15 @@ class TrainerLoss(Objective):
         batch = {"use_cache": False, **kwargs}
         labels, items = batch.pop("labels"), batch.pop("num_items_in_batch", None)
         running = contextlib.ExitStack()
-        running.enter_context(self._instead_of_logits(labels, batch, items, "mean"))
+        inputs = running.enter_context(self._instead_of_logits(labels, batch, items, "mean"))
         self._running = running
-        return args, batch
+        return args, inputs
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if self._running is None:
             return None
         running, self._running = self._running, None
         with running:
-            out = self._out
-        return None if output is None else CausalLMOutput(loss=self._result(out, "mean"))
+            if output is None:  # the forward has failed
+                return None
+            return without_logits(output, self._total(output, self._out))
