@@ -11,7 +11,7 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN) -m hf_softheads demo $(DEMO)
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "not slow and not gpu and not network"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow and not gpu and not network"
 
 slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "slow"

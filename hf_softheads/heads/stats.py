@@ -15,7 +15,17 @@ from torch import Tensor
 from hf_softheads.files import replacing
 
 FORMAT = 1
+_SMOOTHING = 0.1
 TOKENS_PER_DIM = 16  # below which a fit in the metric of the hidden states is doubtful
+
+
+def softmax_curvature(probabilities: Tensor) -> Tensor:
+    """`p̃ (1 - p̃)`, `p̃ = 0.9 p + 0.1 / V`: `(S, V)` probabilities, which are overwritten → `(S, V)`.
+
+    How much an error of a logit matters to the loss; smoothed, so that rare tokens matter too.
+    """
+    p = probabilities.mul_(1 - _SMOOTHING).add_(_SMOOTHING / probabilities.shape[-1])
+    return p * (1 - p)
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,12 @@ from torch import Tensor
 from hf_softheads.heads import LowRank, LowRankResidual, Quantized, ResidualVQ, Screened
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.residual_vq import _beam_search
-from tests.heads.conftest import Toy
+from tests.heads.conftest import Toy, fit
+from tests.heads.conftest import kl as divergence
 
 
 def kl(spec: HeadSpec, toy: Toy, *, stats: bool = True) -> float:
-    head = spec.module(*toy.shape)
-    spec.fit(head, toy.weight, None, toy.stats if stats else None)
-    with torch.no_grad():
-        dense = (toy.hidden @ toy.weight.T).log_softmax(-1)
-        mine = head(toy.hidden).log_softmax(-1)
-    return float((dense.exp() * (dense - mine)).sum(-1).mean())
+    return divergence(fit(spec, toy, stats=stats), toy)
 
 
 def test_low_rank_without_statistics_is_the_truncated_svd(toy: Toy) -> None:
