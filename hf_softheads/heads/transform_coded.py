@@ -278,14 +278,20 @@ class TransformCodedHead(KernelRowsHead):
         )
 
     def rows(self, which: slice | Tensor) -> Tensor:
-        assert isinstance(which, slice)  # `blocks` never crosses a tier
-        start, stop = which.start, which.stop
-        tier = next(t for t, (first, last) in enumerate(self.ranges) if first <= start < last)
-        if self.latent is None:
-            codes = self._unpack(tier, start, stop)
+        tier: int | Tensor
+        if isinstance(which, slice):  # `blocks` never crosses a tier
+            tier = next(t for t, ends in enumerate(self.ranges) if which.start < ends[1])
         else:
+            last = torch.tensor([stop for _, stop in self.ranges[:-1]], device=which.device)
+            tier = torch.bucketize(which, last, right=True)
+        if self.latent is not None:
             codes = round_through(self.latent[which], 2.0 ** self.bits[tier] - 1)
-        rows = (codes * self.scale[tier] + self.offset[tier]) * self.gain()[start:stop, None]
+        elif isinstance(which, slice):
+            codes = self._unpack(int(tier), which.start, which.stop)
+        else:
+            assert isinstance(tier, Tensor)
+            codes = self._gather(which, tier)
+        rows = (codes * self.scale[tier] + self.offset[tier]) * self.gain()[which].unsqueeze(-1)
         return F.pad(rows, (0, 1), value=1.0)
 
     def unpacked(self) -> Tensor:
@@ -317,6 +323,20 @@ class TransformCodedHead(KernelRowsHead):
             values = unpack(packed[:, begin:end], plane.width, stop - start)
             codes[plane.columns] += values.float() * 2**plane.shift
         return codes.T
+
+    def _gather(self, which: Tensor, tier: Tensor) -> Tensor:
+        """Codes of single rows, `(n, K)` fp32."""
+        codes = torch.zeros(len(which), len(self.weight), device=self.codes.device)
+        for t, (first, _) in enumerate(self.ranges):
+            mine = (tier == t).nonzero().flatten()
+            row = which[mine] - first
+            for plane in self.planes()[t] if len(mine) else ():
+                packed = self.codes[plane.start : plane.stop].view(len(plane.columns), -1)
+                each = 8 // plane.width
+                bits = packed[:, row // each].T >> ((row % each) * plane.width)[:, None].byte()
+                values = (bits & (2**plane.width - 1)).float() * 2**plane.shift
+                codes[mine[:, None], plane.columns] += values
+        return codes
 
     def notes(self) -> list[str]:
         used = (self.bits > 0).float().mean(1).tolist()
