@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, and a tokenizer, made in code: nothing is downloaded."""
+"""Tiny random models of every supported family, made in code: nothing is downloaded. Options that play another machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_softheads  # noqa: F401 - registers with transformers
+from hf_softheads import kernels
 
 VOCAB = 96
 SIZES = {
@@ -72,3 +75,50 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+# -- options that play another machine -------------------------------------------------------------------------------
+
+LOWERED = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+"""What torch and its libraries read when they start, too early for a test to set: `make lowered` sets it."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--processor",
+        choices=["native", "avx2"],
+        default="native",
+        help="avx2: as on a processor without AVX-512, integer products and bf16 products",
+    )
+    parser.addoption("--no-compiler", action="store_true", help="as without a C++ compiler")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before tests are collected: some of them ask at import what there is."""
+    patches = pytest.MonkeyPatch()
+    config.add_cleanup(patches.undo)
+    if config.getoption("--no-compiler"):
+        patches.setenv("CXX", "no-such-compiler")  # the cache keeps what another CXX built apart
+    if config.getoption("--processor") == "avx2":
+        _lower_to_avx2(patches)
+
+
+def _lower_to_avx2(patches: pytest.MonkeyPatch) -> None:
+    wrong = {k: os.environ.get(k) for k, v in LOWERED.items() if os.environ.get(k) != v}
+    if wrong:
+        needed = " ".join(f"{k}={v}" for k, v in LOWERED.items())
+        raise pytest.UsageError(
+            f"--processor=avx2 needs {needed} in the environment, found {wrong}; `make lowered` sets them"
+        )
+    known = torch.cpu.get_capabilities()
+    larger = ("avx512", "avx10", "amx", "avx_vnni", "avx_ne")
+    less: Mapping[str, Any] = MappingProxyType(
+        {name: False if name.startswith(larger) else value for name, value in known.items()}
+    )
+    patches.setattr(torch.cpu, "get_capabilities", lambda: less)
+    patches.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    patches.setitem(kernels.INSTRUCTIONS, "native", kernels.INSTRUCTIONS["avx2"])
