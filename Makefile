@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 DEMO ?=
 
-.PHONY: demo test slow lint types docs bench clean
+.PHONY: demo test slow mutants lint types docs bench clean
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN) -m hf_softheads demo $(DEMO)
@@ -15,6 +15,10 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "slow"
+
+# Puts faults into a copy of the package, one at a time: each must turn its test red.
+mutants: $(STAMP)
+	HF_HUB_OFFLINE=1 $(RUN) -m tests.mutants.run
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -287,11 +287,17 @@ def test_compiles_without_graph_breaks(spec: AttentionSpec) -> None:
     torch._dynamo.reset()
 
 
+def _one_hot(value: Tensor) -> Tensor:
+    """Values `(B, Hkv, K, K)` that make an output its own weights."""
+    keys = value.shape[2]
+    return torch.eye(keys, dtype=value.dtype).expand(*value.shape[:2], keys, keys)
+
+
 @pytest.mark.parametrize(
     "spec", [s for s in SPECS if s.name in ("softpick", "learned_sink", "softmax")], ids=label
 )
 def test_dropout_is_that_of_the_weights(spec: AttentionSpec) -> None:
-    """Unbiased, drawn anew in every call, and the backward pass meets the same mask as the forward."""
+    """Unbiased in every entry, drawn anew in every call and block; the backward pass meets the forward's mask."""
     inputs = sample(spec, batch=1, queries=70, dtype=torch.float64).requires_grad()
     module = spec.module(Geometry(heads=4, kv_heads=2, head_dim=8, hidden_size=12)).double()
 
@@ -301,8 +307,28 @@ def test_dropout_is_that_of_the_weights(spec: AttentionSpec) -> None:
     torch.manual_seed(0)
     first = run()
     assert not torch.equal(run(), first)
-    mean = torch.stack([run().detach() for _ in range(400)]).mean(0)
-    close("mean", mean, run(0.0), 0.35)
+    draws, exact = torch.stack([run().detach() for _ in range(400)]), run(0.0).detach()
+    # 2,240 entries of nearly normal means: the largest is expected at 3.6 of its standard errors
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - exact).abs() <= 5 * error).all()
+    # and all together: the factor of the exact output in a draw is 1 on average
+    factor = (draws * exact).flatten(1).sum(1) / exact.square().sum()
+    error = factor.std() / len(draws) ** 0.5
+    assert error < 0.004
+    assert (factor.mean() - 1).abs() <= 5 * error
+    # an entry is the weighted sum of values that stay with probability ½, each at twice its weight
+    weights = module(
+        Inputs(inputs.query, inputs.key, _one_hot(inputs.value), None, 8**-0.5)
+    ).detach()
+    repeated = inputs.value.detach().repeat_interleave(2, 1)
+    variance = weights.square() @ repeated.square()
+    ratio = (draws.var(0) / variance).mean()  # 1 but for a relative error of √(2 / 400) an entry
+    assert (ratio - 1).abs() < 0.02
+    # queries 0 and 64 start two blocks of queries: were their masks the same, so would their fates be
+    stays = (draws[:, :, :, 0, 0] - exact[:, :, 0, 0]).sign()
+    later = draws[:, :, :, 64, 0] - exact[:, :, 64, 0]
+    correlation = (stays * later).mean(0) / later.std(0)
+    assert (correlation.abs() < 5 / len(draws) ** 0.5).all()
 
     def seeded(value: Tensor) -> Tensor:
         torch.manual_seed(1)

@@ -605,6 +605,30 @@ class Renamed(LlamaForCausalLM):
         return out
 
 
+class Sharper(LlamaForCausalLM):
+    """A family that does something to its logits that a trace of one token does not see."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        if out.logits.shape[1] > 1:
+            out.logits = 1.5 * out.logits
+        return out
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_other_logits_than_the_trace_promises_are_refused(hook: bool) -> None:
+    """Before the first loss is computed, the head's scores are compared with real logits."""
+    model, inputs = Sharper(build("llama").config).double().train(), batch()
+    goal = Objective(model, {"cross_entropy": 1.0})
+    if hook:
+        trainer_loss(model)
+    with pytest.raises(ValueError, match=r"Sharper differ by .* not understood"):
+        (model if hook else goal)(**inputs)
+    assert model.training
+    assert not model.lm_head._forward_hooks
+    assert "forward" not in model.lm_head.__dict__
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
