@@ -15,6 +15,7 @@ from hf_softheads.report.tables import Table, human_bytes
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "card.md"
 RESULTS = "softheads_results.json"
+REPOSITORY = "https://github.com/hf-softheads/hf_softheads"
 
 
 class BadResults(ValueError):
@@ -62,6 +63,7 @@ def write_card(folder: str | Path, results: Mapping[str, Any]) -> Path:
         model_name=name,
         base_model_name=base,
         repo=name,
+        repository=REPOSITORY,
         plan=plan,
         attention=", ".join(f"`{name}`" for name in _attention_names(plan)),
         plan_json=json.dumps(plan, indent=1),
