@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_softheads import bridge, sites
 from hf_softheads.config import SoftheadsConfig
@@ -16,6 +15,8 @@ from hf_softheads.registry import Spec, did_you_mean
 from hf_softheads.sites.base import Fitting, KernelMode, Site
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hf_softheads.heads.stats import HeadStats
 
 M = TypeVar("M", bound=nn.Module)
@@ -140,6 +141,8 @@ _Setting = tuple[dict[str, Any], str, Any]  # the dictionary that holds it, its 
 
 def _settings(model: PreTrainedModel) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The attributes of the model and of every config in it, and a copy of them."""
+    from transformers import PreTrainedModel
+
     owners = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     owners.append(model.config.get_text_config())
     holders = {id(owner): owner.__dict__ for owner in owners}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_softheads import bridge
 from hf_softheads.config import SoftheadsConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Keys of config.json that make a transformers without this package refuse the folder, by name, instead of loading a
 # wrong model: recent versions read the first, older ones the second.

@@ -6,18 +6,19 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hf_softheads.attention.base import AttentionVariant, run
 from hf_softheads.attention.call import AttentionMap, Geometry, Inputs, Observer
 from hf_softheads.attention.learned_sink import LearnedSink
 from hf_softheads.attention.softmax import Softmax
 from hf_softheads.bridge.hidden import CHILD, pop_layer_input
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IMPLEMENTATION = "hf_softheads"  # the attention implementation, also the marker in config.json
 _OBSERVER = "softheads_observer"
@@ -125,6 +126,7 @@ def observed(model: PreTrainedModel, observers: Mapping[int, Observer]) -> Itera
     Raises:
         ValueError: the family computes its attention itself.
     """
+    register()
     layers = attention_layers(model)
     if not layers or not model._can_set_attn_implementation():
         raise ValueError(
@@ -166,8 +168,18 @@ def take_sinks(module: nn.Module, variant: AttentionVariant) -> None:
             variant.get_parameter("sinks").copy_(sinks)
 
 
-AttentionInterface.register(IMPLEMENTATION, attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+@functools.cache
+def register() -> None:
+    """Make the implementation known to transformers, before the first model uses it.
+
+    Not on import: the modules that hold the registers are those of its models, which bring torch's compiler with them
+    and take seconds to load.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 def attention_layers(model: nn.Module) -> dict[int, tuple[str, Any]]:

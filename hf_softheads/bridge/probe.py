@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import PreTrainedModel
 
 from hf_softheads.attention.base import AttentionVariant
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Keywords of the attention interface that the bridge understands or that a variant may ignore: they change masks or
 # caches, which arrive resolved.

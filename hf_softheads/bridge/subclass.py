@@ -7,22 +7,23 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_softheads.attention.base import AttentionVariant
-from hf_softheads.bridge.attention import IMPLEMENTATION, showing
+from hf_softheads.bridge.attention import IMPLEMENTATION, register, showing
 from hf_softheads.bridge.classifiers import active_classifier, pooling
 from hf_softheads.bridge.heads import active_head
 from hf_softheads.bridge.hidden import CHILD
 from hf_softheads.classifiers.base import PooledClassifier
 from hf_softheads.heads.base import Head
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[misc]
     """Methods that a patched model's class gains. Never instantiated by itself; see `subclass_patched`."""
 
-    _adopted_from: type[PreTrainedModel]
+    _adopted_from: Any  # a class; transformers evaluates the annotations of its models
     _adopted_outer: bool
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -75,6 +76,8 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
 def subclass_patched(model: PreTrainedModel) -> None:
     """Give the model, and every model inside it, a class with `Patched`'s methods. The outer one's forward is wrapped
     so that training with labels computes the loss inside the head, without logits."""
+    from transformers import PreTrainedModel
+
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not isinstance(module, Patched):
             module.__class__ = _adopted(module.__class__, module is model)
@@ -89,6 +92,7 @@ def restore_class(model: PreTrainedModel) -> None:
 
 @functools.cache
 def _adopted(cls: Any, outer: bool) -> Any:
+    register()  # here, because a model that is unpickled comes by no other way
     members: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -109,6 +113,7 @@ def _blank(cls: Any, outer: bool) -> Any:
 def _fused_forward(original: Any) -> Any:
     """The family's own forward; in training with labels the head returns `-log p(label)` where logits would be, and
     with `output_attentions` every layer returns its weights."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +128,7 @@ def _fused_forward(original: Any) -> Any:
             return without_maps(self, *args, **kwargs)
 
     def without_maps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        targets = _targets(self, kwargs)
+        targets = _targets(self, kwargs, ForCausalLMLoss)
         if targets is None:
             return original(self, *args, **kwargs)
         head: Any = active_head(self)
@@ -139,17 +144,13 @@ def _fused_forward(original: Any) -> Any:
     return forward
 
 
-def _targets(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Labels shifted by one, or None when the loss must come from real logits."""
+def _targets(model: Any, kwargs: dict[str, Any], usual: Any) -> Tensor | None:
+    """Labels shifted by one, or None when the loss must come from real logits: it is not transformers' usual one."""
     labels = kwargs.get("labels")
     if labels is None or not model.training or kwargs.get("logits_to_keep"):
         return None
     head = active_head(model)
-    if (
-        not isinstance(head, Head)
-        or head.transform is None
-        or model.loss_function is not ForCausalLMLoss
-    ):
+    if not isinstance(head, Head) or head.transform is None or model.loss_function is not usual:
         return None
     shifted: Tensor | None = kwargs.get("shift_labels")
     return nn.functional.pad(labels, (0, 1), value=-100)[..., 1:] if shifted is None else shifted

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from hf_softheads import bridge
 from hf_softheads.attention.base import AttentionSpec, AttentionVariant
 from hf_softheads.registry import spec_from_dict
 from hf_softheads.sites.base import Fitting, Part, Row, Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _DEFAULT = "sdpa"  # for a loaded model, which no longer knows what it had
 

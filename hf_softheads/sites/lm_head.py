@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_softheads import bridge
 from hf_softheads.heads.base import Head
 from hf_softheads.sites.base import Fitting, Part, Row, Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LMHead(Site):

@@ -103,7 +103,8 @@ def _stream(data: Any, tokenizer: Any) -> tuple[Tensor, int | None]:
 def _slide(stream: Tensor, n_bytes: int | None, window: int, stride: int) -> Windows:
     if len(stream) < window:
         raise ValueError(
-            f"the text has {len(stream)} tokens, less than one window of {window}; give more text or window=…"
+            f"the text has {len(stream)} tokens, less than one window of {window}; give at least "
+            f"{window - len(stream)} more, or a smaller window"
         )
     starts = list(range(0, len(stream) - window + 1, stride))
     if starts[-1] + window < len(stream):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_softheads.bridge import (
@@ -28,6 +27,9 @@ from hf_softheads.registry import spec_from_dict
 from hf_softheads.training.dispatch import View, WeightedLosses
 from hf_softheads.training.fused_ce import backend as find_backend
 from hf_softheads.training.token_chunks import widened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IGNORE = -100
 Reduction = Literal["mean", "sum", "none"]
@@ -93,7 +95,7 @@ class Objective:
         self._weighted = WeightedLosses(self.losses, self.vocab, self.transform, memory, backend)
         _check_losses(self.losses, teacher, self.vocab)
         _check_backend(backend, self.losses)
-        self._teacher_reader = SplitModel(teacher) if isinstance(teacher, PreTrainedModel) else None
+        self._teacher_reader = SplitModel(teacher) if _is_model(teacher) else None
         self._transform_checked = False
         self._stand_in = torch.compiler.disable(self._score)
         self._keep = torch.compiler.disable(self._keep_output)
@@ -276,15 +278,19 @@ def _check_losses(losses: Mapping[LossSpec, float], teacher: Teacher, vocab: int
     if not wanting:
         names = ", ".join(loss.name for loss in losses)
         raise ValueError(f"a teacher is given but none of the losses ({names}) uses one")
-    if any(isinstance(loss, HiddenLoss) for loss in losses) and not isinstance(
-        teacher, PreTrainedModel
-    ):
+    if any(isinstance(loss, HiddenLoss) for loss in losses) and not _is_model(teacher):
         raise ValueError("hidden_mse compares with the hidden states of another model as teacher")
     if vocabulary(teacher) != vocab:
         raise ValueError(
             f"the teacher has {vocabulary(teacher)} tokens, the model {vocab}: distillation compares "
             "distributions over one vocabulary"
         )
+
+
+def _is_model(teacher: Teacher) -> TypeGuard[PreTrainedModel]:
+    from transformers import PreTrainedModel
+
+    return isinstance(teacher, PreTrainedModel)
 
 
 def trainer_loss(
