@@ -59,10 +59,12 @@ class SplitModel:
     The hidden states are what the model's own forward hands to its head, whatever the family; the head is not run.
 
     Raises:
+        TypeError: there is no transformers model inside `model`.
         ValueError: the model has no head, or changes its logits after the head in an unknown way.
     """
 
     def __init__(self, model: nn.Module):
+        transformers_model(model)
         self.model = model
         head = active_head(model)
         if head is None:

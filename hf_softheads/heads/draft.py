@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec, check_temperature, gumbel_max, index_dtype
+from hf_softheads.registry import Count
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -32,7 +33,7 @@ class Draft(HeadSpec, name="draft"):
         tokens: how many rows are kept.
     """
 
-    tokens: int
+    tokens: Count
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -43,7 +44,7 @@ class Draft(HeadSpec, name="draft"):
         return cls(vocab)
 
     def check(self, dim: int, vocab: int) -> None:
-        if not 1 <= self.tokens <= vocab:
+        if self.tokens > vocab:
             raise ValueError(f"draft asked for {self.tokens} tokens; 1 to {vocab} are possible")
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> DraftHead:
@@ -78,6 +79,9 @@ class DraftHead(Head):
         self.millionths: Tensor
         self.register_buffer("ids", torch.arange(tokens).to(index_dtype(vocab)))
         self.register_buffer("millionths", torch.zeros(1, dtype=torch.int32))
+
+    def index_limits(self) -> dict[str, int]:
+        return {"ids": self.out_features}
 
     @property
     def coverage(self) -> float:

@@ -16,6 +16,7 @@ from hf_softheads.heads.dense import Dense
 from hf_softheads.heads.fit.blockwise import over_states, scores_of
 from hf_softheads.kernels import select
 from hf_softheads.kernels.screened import largest, logsumexp
+from hf_softheads.registry import Count
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -43,7 +44,7 @@ class Screened(HeadSpec, name="screened"):
     """
 
     screen: HeadSpec
-    candidates: int
+    candidates: Count
     inner: HeadSpec = field(default_factory=Dense)
 
     @classmethod
@@ -59,7 +60,7 @@ class Screened(HeadSpec, name="screened"):
         return cls(LowRank(1), vocab)
 
     def check(self, dim: int, vocab: int) -> None:
-        if not 1 <= self.candidates <= vocab:
+        if self.candidates > vocab:
             raise ValueError(
                 f"{self.name} asked for {self.candidates} candidates; 1 to {vocab} are possible"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from hf_softheads.heads.fit.kmeans import require_finite
 from hf_softheads.heads.forms.kernel_rows import KernelRowsHead
 from hf_softheads.kernels.quantized import quantized_scores
 from hf_softheads.kernels.transform_coded import Plane, Tiles, make_tiles, transform_coded_scores
+from hf_softheads.registry import Bounds, Count, Positive
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -47,9 +48,9 @@ class TransformCoded(HeadSpec, name="transform_coded"):
         tiers: number of token classes, each twice as large as the one before.
     """
 
-    bits: float
-    rank: int | None = None
-    tiers: int = 8
+    bits: Positive
+    rank: Count | None = None
+    tiers: Annotated[int, Bounds(at_least=1, at_most=16)] = 8
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -57,10 +58,8 @@ class TransformCoded(HeadSpec, name="transform_coded"):
         return [cls(bits=round(fixed + bits, 2)) for bits in (0.5, 1.0, 2.0, 3.0, 4.0)]
 
     def check(self, dim: int, vocab: int) -> None:
-        if self.rank is not None and not 1 <= self.rank <= dim:
+        if self.rank is not None and self.rank > dim:
             raise ValueError(f"transform_coded asked for rank {self.rank}; 1 to {dim} are possible")
-        if not 1 <= self.tiers <= 16:
-            raise ValueError(f"transform_coded asked for {self.tiers} tiers; 1 to 16 are possible")
         least = self._overhead(dim, vocab) * 8 / (dim * vocab)
         if not least < self.bits <= 9 + least:
             raise ValueError(
@@ -214,6 +213,9 @@ class TransformCodedHead(KernelRowsHead):
         self.register_buffer("codes", torch.zeros(max(0, size), dtype=torch.uint8))
         ends = [max(1, math.ceil(vocab / 2 ** (tiers - 1 - t))) for t in range(tiers)]
         self.ranges = list(zip([0, *ends[:-1]], ends, strict=True))
+
+    def index_limits(self) -> dict[str, int]:
+        return {"bits": 9}
 
     def token_of_row(self) -> Tensor:
         return self._derived(

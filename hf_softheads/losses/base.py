@@ -119,10 +119,3 @@ def with_teacher(loss: LossSpec, teacher: Tensor | None) -> Tensor:
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """`Σ_v p_v (log p_v − log q_v)` from log-probabilities `(N, V)`, to `(N,)`."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def check_positive(loss: str, **fields: float) -> None:
-    """ValueError unless every field is a positive number."""
-    for field, value in fields.items():
-        if not value > 0:
-            raise ValueError(f"{loss}.{field} must be positive, got {value}")

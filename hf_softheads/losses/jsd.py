@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_softheads.losses.base import LossSpec, check_positive, kl_divergence, with_teacher
+from hf_softheads.losses.base import LossSpec, kl_divergence, with_teacher
+from hf_softheads.registry import Bounds, Positive
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,10 @@ class JSD(LossSpec, name="jsd"):
     GKD, 2306.13649. Divided by β it tends to the forward KL for β → 0.
     """
 
-    beta: float = 0.5
-    temperature: float = 1.0
+    beta: Annotated[float, Bounds(above=0, below=1, hint="the ends are kl and reverse_kl")] = 0.5
+    temperature: Positive = 1.0
 
     needs_teacher: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_positive("jsd", temperature=self.temperature)
-        if not 0 < self.beta < 1:
-            raise ValueError(
-                f"jsd.beta must be between 0 and 1, got {self.beta}; the ends are kl and reverse_kl"
-            )
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         t = (with_teacher(self, teacher) / self.temperature).log_softmax(-1)

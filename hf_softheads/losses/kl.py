@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_softheads.losses.base import LossSpec, check_positive, kl_divergence, with_teacher
+from hf_softheads.losses.base import LossSpec, kl_divergence, with_teacher
+from hf_softheads.registry import Positive
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,9 @@ class KL(LossSpec, name="kl"):
     Hinton et al., 1503.02531. It covers all of the teacher's mass, so it is the one to minimise for perplexity.
     """
 
-    temperature: float = 1.0
+    temperature: Positive = 1.0
 
     needs_teacher: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_positive("kl", temperature=self.temperature)
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         teacher = with_teacher(self, teacher)

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hf_softheads.losses.base import LossSpec, check_positive, kl_divergence, with_teacher
+from hf_softheads.losses.base import LossSpec, kl_divergence, with_teacher
+from hf_softheads.registry import Positive
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,9 @@ class ReverseKL(LossSpec, name="reverse_kl"):
     MiniLLM, 2306.08543. It avoids what the teacher finds unlikely, at the price of covering less of its mass.
     """
 
-    temperature: float = 1.0
+    temperature: Positive = 1.0
 
     needs_teacher: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_positive("reverse_kl", temperature=self.temperature)
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         t = (with_teacher(self, teacher) / self.temperature).log_softmax(-1)

@@ -39,7 +39,8 @@ def collect(
         states: how many hidden states to keep, sampled uniformly under `seed`.
 
     Raises:
-        ValueError: a model without a head, an already patched head, empty data.
+        TypeError: `model` is not a transformers model.
+        ValueError: a model without a head, an already patched head, empty data, tokens outside the vocabulary.
     """
     reader = bridge.SplitModel(model)
     if isinstance(reader.head, Head):
@@ -47,6 +48,7 @@ def collect(
             "this model's head is patched already; collect statistics from the original model"
         )
     rows = windows(data, tokenizer, window=window)
+    bridge.check_tokens(model, rows.input_ids, rows.labels)
     device = reader.head.weight.device
     vocab, dim = reader.head.weight.shape
     second = torch.zeros(dim, dim, dtype=torch.float64, device=device)

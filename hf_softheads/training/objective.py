@@ -15,10 +15,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from hf_softheads.bridge import (
     Function,
     SplitModel,
-    base_model,
     check_transform,
     head_as,
     output_head,
+    transformers_model,
     vocabulary,
 )
 from hf_softheads.losses.base import HiddenLoss, LossSpec
@@ -70,6 +70,7 @@ class Objective:
 
     Raises:
         ImportError: the backend is not installed.
+        TypeError: `model` is not a transformers model, or `teacher` none of what it may be.
         ValueError: no loss, a backend for other losses, a teacher that is missing, unused or of another vocabulary, a
             model without an output embedding, or one that changes its logits in a way that is not understood.
     """
@@ -85,12 +86,17 @@ class Objective:
     ):
         if memory < 0:
             raise ValueError(f"memory is a number of bytes, got {memory}")
+        if not isinstance(teacher, Tensor | nn.Module | None):
+            raise TypeError(
+                "a teacher is a matrix (V, D), a head module or a loaded model of the same vocabulary, got "
+                f"{type(teacher).__name__}"
+            )
         self.model = model
         self.losses: dict[LossSpec, float] = {
             spec_from_dict("loss", loss): float(weight) for loss, weight in losses.items()
         }
         self.teacher = teacher
-        reader = SplitModel(base_model(model))
+        reader = SplitModel(transformers_model(model))
         self.vocab, self.transform = reader.vocab, reader.transform
         self._weighted = WeightedLosses(self.losses, self.vocab, self.transform, memory, backend)
         _check_losses(self.losses, teacher, self.vocab)

