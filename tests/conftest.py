@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, made in code: nothing is downloaded. Options that play another machine."""
+"""Tiny random models of every supported family, made in code, and options that play another machine."""
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
 """The only package that knows the inside of transformers.
 
 `attention`: the registered implementation, its mask, the layers. `hidden`: the layer's input and its cache. `heads`:
-the output embedding, hidden states, what a family does to its logits. `inputs`: token ids. `loading`: a head that the
+`probe`: a trial run. Nothing is assigned into a transformers class.
 checkpoint lacks. `classifiers`: the last module of a sequence classifier. `subclass`: the class of a patched model, and
+classifier. `subclass`: the class of a patched model, and the loss inside its head. `ties`: parameters that are one.
 the loss inside its head. `probe`: a trial run. Nothing is assigned into a transformers class.
+the output embedding, hidden states, what a family does to its logits. `classifiers`: the last module of a sequence
+the output embedding, hidden states, what a family does to its logits. `inputs`: token ids. `loading`: a head that the
 """
 
 from hf_softheads.bridge.attention import IMPLEMENTATION as IMPLEMENTATION
@@ -40,3 +43,5 @@ from hf_softheads.bridge.probe import probe as probe
 from hf_softheads.bridge.subclass import Patched as Patched
 from hf_softheads.bridge.subclass import restore_class as restore_class
 from hf_softheads.bridge.subclass import subclass_patched as subclass_patched
+from hf_softheads.bridge.ties import tied_names as tied_names
+from hf_softheads.bridge.ties import without_heads as without_heads

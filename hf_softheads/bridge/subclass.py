@@ -17,6 +17,7 @@ from hf_softheads.bridge.attention import IMPLEMENTATION, register, showing
 from hf_softheads.bridge.classifiers import active_classifier, pooling
 from hf_softheads.bridge.heads import active_head
 from hf_softheads.bridge.hidden import CHILD
+from hf_softheads.bridge.ties import without_heads
 from hf_softheads.classifiers.base import PooledClassifier
 from hf_softheads.heads.base import Head
 
@@ -36,6 +37,16 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
         else:
             super()._init_weights(module)
 
+    @property
+    def _tied_weights_keys(self) -> Any:
+        """The family's ties less those of a new head: `config.tie_word_embeddings` speaks for all of them at once."""
+        ties = self.__dict__.get("_tied_weights_keys", self._adopted_from._tied_weights_keys)
+        return without_heads(self, ties) if isinstance(ties, dict) else ties
+
+    @_tied_weights_keys.setter
+    def _tied_weights_keys(self, value: Any) -> None:
+        self.__dict__["_tied_weights_keys"] = value
+
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         wanted = attn_implementation
         names = wanted.values() if isinstance(wanted, dict) else [wanted]
@@ -53,13 +64,20 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
         head = self.get_output_embeddings()
         if isinstance(head, Head) and new_num_tokens and type(head).resize is Head.resize:
             head.resize(new_num_tokens)  # raises, before the input embedding has changed
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        before = self.get_input_embeddings().weight.shape[0]
+        embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        rows = embedding.weight.shape[0]
+        left = isinstance(head, Head) and self.get_output_embeddings() is head and rows != before
+        if left and self.config.get_text_config().tie_word_embeddings:
+            # Marian leaves the head to its tie, of which the new one has none
+            self.set_output_embeddings(_resized(head, rows))
+        return embedding
 
     def _get_resized_lm_head(
         self, old_lm_head: nn.Module, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         if isinstance(old_lm_head, Head) and new_num_tokens:
-            return old_lm_head.resize(new_num_tokens)
+            return _resized(old_lm_head, new_num_tokens)
         return super()._get_resized_lm_head(old_lm_head, new_num_tokens, *args, **kwargs)
 
     def save_pretrained(
@@ -90,6 +108,13 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (self._adopted_from, self._adopted_outer), self.__dict__
+
+
+def _resized(head: Head, vocab: int) -> Head:
+    new = head.resize(vocab)
+    new.untied = head.untied
+    new.use_kernels(head.kernels)
+    return new.train(head.training)
 
 
 def subclass_patched(model: PreTrainedModel) -> None:

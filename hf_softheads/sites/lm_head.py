@@ -63,19 +63,22 @@ class LMHead(Site):
         return old
 
     def install(self, model: PreTrainedModel, new: Head) -> None:
-        """Put a head in place of the output embedding and untie it from the input embedding."""
+        """Put a head in place of the output embedding and untie it; every other tie of the model stays.
+
+        `tie_word_embeddings` speaks for all ties at once, and in some families for a scale beside them: it becomes
+        false only where the head's was the last one.
+        """
         path, _ = bridge.find_head(model)
-        new.untied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+        new.untied = any(name.startswith(f"{path}.") for name in bridge.tied_names(model))
         model.set_output_embeddings(new)
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-            config.tie_word_embeddings = False
+        if not bridge.tied_names(model):
+            for config in {
+                id(c): c for c in (model.config, model.config.get_text_config())
+            }.values():
+                config.tie_word_embeddings = False
         tied = getattr(model, "all_tied_weights_keys", None)
         if tied is not None:
-            model.all_tied_weights_keys = {
-                target: source
-                for target, source in tied.items()
-                if not (target.startswith(f"{path}.") or source.startswith(f"{path}."))
-            }
+            model.all_tied_weights_keys = bridge.without_heads(model, tied)
 
     def restore(self, model: PreTrainedModel, old: nn.Module) -> None:
         model.set_output_embeddings(old)

@@ -1,0 +1,51 @@
+"""Which parameters of a model are one, once a head has left them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_softheads.heads.base import Head
+
+
+def without_heads(model: nn.Module, ties: Mapping[str, str]) -> dict[str, str]:
+    """`{target: source}` less the parameters of a `Head`; what shared a matrix through the head still does.
+
+    A tie that the family made with the new head stays: BERT takes over the head's bias.
+    """
+    kept: dict[str, str] = {}
+    heir: dict[str, str] = {}  # of a head's matrix: the first that was tied to it
+    for target, source in ties.items():
+        (one, of_head), (other, from_head) = _find(model, target), _find(model, source)
+        if (one is not None and one is other) or not (of_head or from_head):
+            kept[target] = source
+        elif not of_head and source in heir:
+            kept[target] = heir[source]
+        elif not of_head:
+            heir[source] = target
+    return kept
+
+
+def _find(model: nn.Module, name: str) -> tuple[Any, bool]:
+    """What bears this name, and whether it is inside a `Head` or a wrapper around one."""
+    module: Any = model
+    *parts, last = name.split(".")
+    within = False
+    for part in parts:
+        module = module._modules.get(part)
+        if module is None:  # a pattern, or a place that is not there
+            return None, within
+        inner = module
+        for wrapped in ("original_module", "base_layer"):  # as PEFT names them
+            inner = inner._modules.get(wrapped, inner)
+        within = within or isinstance(inner, Head)
+    return module._parameters.get(last), within
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Every parameter that the model's classes and configs tie to another one."""
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return {*ties, *ties.values()}
