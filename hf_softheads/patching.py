@@ -43,7 +43,8 @@ def patch(
     Args:
         model: a transformers model (or a PEFT model around one), with its weights loaded.
         head: a head variant such as `heads.VQ(codes=4096)`; for a sequence classifier `classifiers.SoftPool()`.
-        attention: an attention variant such as `attention.SSMax()`, or `{layer: variant}`.
+        attention: an attention variant such as `attention.SSMax()`, or `{layer: variant}`. In a model that reads images
+            too only the language model has layers here; its towers stay as they are.
         layers: the layers that get `attention`; default all.
         stats: what `collect` found, for fits that use it.
         kernels: "auto" computes with C++ kernels where they apply, "off" never does, "require" refuses to patch where

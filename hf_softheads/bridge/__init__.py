@@ -1,15 +1,16 @@
 """The only package that knows the inside of transformers.
 
 `attention`: the registered implementation, its mask, the layers. `hidden`: the layer's input and its cache. `heads`:
-the output embedding, hidden states, what a family does to its logits. `inputs`: token ids. `classifiers`: the last
-module of a sequence classifier. `subclass`: the class of a patched model, and the loss inside its head. `probe`: a
-trial run. Nothing is assigned into a transformers class.
+the output embedding, hidden states, what a family does to its logits. `inputs`: token ids. `loading`: a head that the
+checkpoint lacks. `classifiers`: the last module of a sequence classifier. `subclass`: the class of a patched model, and
+the loss inside its head. `probe`: a trial run. Nothing is assigned into a transformers class.
 """
 
 from hf_softheads.bridge.attention import IMPLEMENTATION as IMPLEMENTATION
 from hf_softheads.bridge.attention import attention_forward as attention_forward
 from hf_softheads.bridge.attention import attention_layers as attention_layers
 from hf_softheads.bridge.attention import geometry as geometry
+from hf_softheads.bridge.attention import modalities as modalities
 from hf_softheads.bridge.attention import observed as observed
 from hf_softheads.bridge.attention import take_sinks as take_sinks
 from hf_softheads.bridge.attention import visible as visible
@@ -34,6 +35,7 @@ from hf_softheads.bridge.hidden import check_values as check_values
 from hf_softheads.bridge.hidden import drop_variant as drop_variant
 from hf_softheads.bridge.hidden import give_variant as give_variant
 from hf_softheads.bridge.inputs import check_tokens as check_tokens
+from hf_softheads.bridge.loading import check_loaded as check_loaded
 from hf_softheads.bridge.probe import probe as probe
 from hf_softheads.bridge.subclass import Patched as Patched
 from hf_softheads.bridge.subclass import restore_class as restore_class

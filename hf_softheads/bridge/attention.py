@@ -170,17 +170,39 @@ AttentionInterface.register(IMPLEMENTATION, attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
+_CROSS = ("cross", "encoder_attn", "encdec")  # in the names of layers that attend to an encoder
+
+
 def attention_layers(model: nn.Module) -> dict[int, tuple[str, Any]]:
-    """`{index: (path, module)}` of the self-attention layers that call the attention interface, in order."""
+    """`{index: (path, module)}` of the self-attention layers that call the attention interface, in order.
+
+    Of a model that reads images or sound besides text, those of its language model alone.
+    """
     found: dict[int, tuple[str, Any]] = {}
+    within = _language_model(model)
     for path, module in model.named_modules():
         if not _calls_interface(module.__class__) or getattr(module, "is_cross_attention", False):
             continue
-        if "cross" in path.rpartition(".")[2].lower():
+        if any(name in path.rpartition(".")[2].lower() for name in _CROSS):
+            continue
+        if within is not None and module not in within:
             continue
         index = getattr(module, "layer_idx", None)
         found[len(found) if index is None or index in found else index] = (path, module)
     return dict(sorted(found.items()))
+
+
+def modalities(model: Any) -> tuple[str, ...]:
+    """What a transformers model reads: text, image, …"""
+    found = getattr(model, "input_modalities", None) or ("text",)
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def _language_model(model: nn.Module) -> set[nn.Module] | None:
+    """The modules of the language model inside a multi-modal one; None for a model of one kind of input."""
+    if not isinstance(model, PreTrainedModel) or len(modalities(model)) < 2:
+        return None
+    return set(model.get_decoder().modules()) if model.get_output_embeddings() is not None else None
 
 
 @functools.cache

@@ -124,6 +124,9 @@ class AdaptiveHead(Head):
         self.order: Tensor
         self.register_buffer("order", torch.arange(vocab).to(index_dtype(vocab)))
 
+    def index_limits(self) -> dict[str, int]:
+        return {"order": self.out_features}
+
     def frequent(self, hidden: Tensor) -> Tensor:
         """Logits of the frequent tokens and of the bands, `(…, frequent + bands)` fp32."""
         scores = F.linear(hidden, self.weight).float()

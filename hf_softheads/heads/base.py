@@ -228,6 +228,24 @@ class Head(nn.Module):
         """The codes of each token, `(V, G)`, and how many there are to choose from; None for a head without codes."""
         return None
 
+    def index_limits(self) -> dict[str, int]:
+        """Names of this head's own integer tensors that are indices, and how many there are to choose from."""
+        return {}
+
+    def check_indices(self) -> None:
+        """Raise ValueError if this head, or one inside it, holds an index to something that is not there."""
+        for path, module in self.named_modules():
+            for name, count in module.index_limits().items() if isinstance(module, Head) else ():
+                tensor = module.get_buffer(name)
+                if tensor.is_meta or not tensor.numel():
+                    continue
+                low, high = map(int, tensor.aminmax())
+                if low < 0 or high >= count:
+                    raise ValueError(
+                        f"{path}{path and '.'}{name} of the {type(self).__name__} holds indices from {low} to {high}, "
+                        f"but there are 0 to {count - 1}: the checkpoint is damaged; export or download it again"
+                    )
+
     def notes(self) -> list[str]:
         """Facts about this head that `describe` prints, one a line."""
         return []

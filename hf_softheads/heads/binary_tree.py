@@ -95,6 +95,9 @@ class BinaryTreeHead(Head):
         self.register_buffer("order", torch.arange(vocab).to(index_dtype(vocab)))
         self.register_buffer("states", torch.zeros(1, dtype=torch.int32))  # fitted to so many
 
+    def index_limits(self) -> dict[str, int]:
+        return {"order": self.out_features}
+
     def scores(self, hidden: Tensor) -> Tensor:
         odds = F.linear(hidden, self.weight).float() + self.shift
         vocab, first = self.out_features, 1

@@ -124,6 +124,9 @@ class ContextScreenHead(Head):
         self.register_buffer("slope", torch.zeros(dim))
         self.register_buffer("millionths", torch.full((1,), -1, dtype=torch.int32))
 
+    def index_limits(self) -> dict[str, int]:
+        return {"ids": self.out_features}
+
     @property
     def coverage(self) -> float | None:
         """How often the dense head's greedy token is in its state's set, on hidden states that were left out."""

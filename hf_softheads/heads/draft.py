@@ -80,6 +80,9 @@ class DraftHead(Head):
         self.register_buffer("ids", torch.arange(tokens).to(index_dtype(vocab)))
         self.register_buffer("millionths", torch.zeros(1, dtype=torch.int32))
 
+    def index_limits(self) -> dict[str, int]:
+        return {"ids": self.out_features}
+
     @property
     def coverage(self) -> float:
         """Share of the statistics' tokens that have a row."""

@@ -291,6 +291,9 @@ class HierarchicalHead(WrapperHead):
         largest = max(stop - start for start, stop in pairwise(edges))
         return len(self.weight) + largest
 
+    def index_limits(self) -> dict[str, int]:
+        return {"codes": len(self.weight)}
+
     def code_table(self) -> tuple[Tensor, int]:
         return self.codes.long()[:, None], len(self.weight)
 

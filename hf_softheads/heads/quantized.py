@@ -180,6 +180,9 @@ class QuantizedHead(KernelRowsHead):
         order = torch.arange(vocab).to(index_dtype(vocab)) if frequent else None
         self.register_buffer("tokens", order)
 
+    def index_limits(self) -> dict[str, int]:
+        return {} if self.tokens is None else {"tokens": self.out_features}
+
     def token_of_row(self) -> Tensor | None:
         tokens = self.tokens
         return None if tokens is None else self._derived("order", tokens.long, tokens)

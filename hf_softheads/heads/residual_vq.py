@@ -211,6 +211,9 @@ class ResidualVQHead(RowsHead):
 
         return self._derived("index", build, self.codes)
 
+    def index_limits(self) -> dict[str, int]:
+        return {"codes": self.weight.shape[1]}
+
     def code_table(self) -> tuple[Tensor, int]:
         return self.codes.long(), self.weight.shape[1]
 

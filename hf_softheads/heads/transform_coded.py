@@ -214,6 +214,9 @@ class TransformCodedHead(KernelRowsHead):
         ends = [max(1, math.ceil(vocab / 2 ** (tiers - 1 - t))) for t in range(tiers)]
         self.ranges = list(zip([0, *ends[:-1]], ends, strict=True))
 
+    def index_limits(self) -> dict[str, int]:
+        return {"bits": 9}
+
     def token_of_row(self) -> Tensor:
         return self._derived(
             "order", lambda: (self.tier_gain & 15).argsort(stable=True), self.tier_gain

@@ -35,6 +35,7 @@ class LMHead(Site):
         spec, weight = part.value, dense.weight
         bias: Tensor | None = getattr(dense, "bias", None)
         _check_matrix(path, weight, bias)
+        bridge.check_loaded(model, path, dense)
         vocab, dim = weight.shape
         spec.check(dim, vocab)
         if fitting.stats is not None:
@@ -91,6 +92,7 @@ class LMHead(Site):
     def loaded(self, model: PreTrainedModel) -> None:
         head = bridge.active_head(model)
         if isinstance(head, Head):
+            head.check_indices()
             head.transform = bridge.logit_transform(model)
 
     def describe(self, model: PreTrainedModel, part: Part) -> tuple[Iterable[Row], list[str]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_softheads.bridge import SplitModel, base_model, check_tokens
+from hf_softheads.bridge import SplitModel, check_tokens, transformers_model
 from hf_softheads.hardware import bf16_is_fast
 from hf_softheads.heads.base import Head
 from hf_softheads.heads.forms.trainable_codes import TrainableCodes

@@ -16,10 +16,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from hf_softheads.bridge import (
     Function,
     SplitModel,
-    base_model,
     check_transform,
     head_as,
     output_head,
+    transformers_model,
     vocabulary,
 )
 from hf_softheads.losses.base import HiddenLoss, LossSpec

@@ -152,6 +152,9 @@ class VQHead(Head):
         value = int(self.floor[0 if self.bias is None else 1])
         return None if value < 0 else math.exp(value / 1e6)
 
+    def index_limits(self) -> dict[str, int]:
+        return {"codes": len(self.weight)}
+
     def code_table(self) -> tuple[Tensor, int]:
         return self.codes.long()[:, None], len(self.weight)
 
