@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from hf_softheads import files
 from hf_softheads.attention.base import AttentionVariant
 from hf_softheads.bridge.attention import IMPLEMENTATION, showing
 from hf_softheads.bridge.classifiers import active_classifier, pooling
@@ -56,6 +60,21 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
         if isinstance(old_lm_head, Head) and new_num_tokens:
             return old_lm_head.resize(new_num_tokens)
         return super()._get_resized_lm_head(old_lm_head, new_num_tokens, *args, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the family's own, but nothing in the folder is replaced until everything is written.
+
+        Not so when it also uploads or writes a distributed checkpoint: transformers needs the folder itself for these.
+        """
+        itself = args[1:] or kwargs.get("push_to_hub") or kwargs.get("distributed_checkpoint")
+        if itself or not is_main_process or os.path.isfile(save_directory):
+            return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        with files.filling(Path(save_directory)) as fresh:
+            result = super().save_pretrained(fresh, is_main_process, *args, **kwargs)
+            _remove_other_shards(Path(save_directory), {path.name for path in fresh.iterdir()})
+        return result
 
     @property
     def loss_function(self) -> Any:
@@ -162,6 +181,18 @@ def _loss_from_head(head: Head, *_: Any, num_items_in_batch: Any = None, **__: A
     nll, head.nll = head.nll, None
     items = head.counted.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return nll.sum() / (items.to(nll.device) if isinstance(items, Tensor) else items)
+
+
+_SHARD = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def _remove_other_shards(folder: Path, written: set[str]) -> None:
+    """Shards of an earlier save of the same weights, which a loader might take for these: as transformers does."""
+    weights = {found[1] for name in written if (found := _SHARD.fullmatch(name))}
+    for path in folder.iterdir():
+        found = _SHARD.fullmatch(path.name)
+        if found and found[2] and found[1] in weights and path.name not in written:
+            path.unlink()
 
 
 def _without_logits(output: Any) -> Any:
