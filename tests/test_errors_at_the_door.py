@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 import re
 import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
 
 import hf_softheads as sh
 from hf_softheads.cli import main
 from hf_softheads.plan import dense_head
 from hf_softheads.registry import Bounds, Spec, spec_from_dict, variants
 
-from .conftest import VOCAB, make_model
+from .conftest import SIZES, VOCAB, make_model
 
 EVERY = [
     cls for kind in ("head", "classifier", "attention", "loss") for cls in variants(kind).values()
@@ -175,11 +186,15 @@ def model():
     return make_model("llama")
 
 
+def hooks(model: Any) -> list[int]:
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+
 @contextlib.contextmanager
 def refused(model: Any, error: type[Exception], message: str) -> Iterator[None]:
     """Within, an error of this type whose one line matches the message is raised, and the model stays as it is."""
     state, kind, mode = copy.deepcopy(model.state_dict()), type(model), model.training
-    settings = copy.deepcopy(model.config.to_dict())
+    settings, hooked = copy.deepcopy(model.config.to_dict()), hooks(model)
     with pytest.raises(error, match=message) as caught:
         yield
     assert caught.type is error
@@ -187,7 +202,7 @@ def refused(model: Any, error: type[Exception], message: str) -> Iterator[None]:
     assert type(model) is kind
     assert model.training is mode
     assert model.config.to_dict() == settings
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert hooks(model) == hooked
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
@@ -338,3 +353,312 @@ def test_a_repair_that_ends_above_its_start_puts_the_head_back(model, spec):
         sh.repair_head(model, dense_head(model), IDS, steps=4, batch_size=32, lr=100.0, code_lr=0.0)
     repair = sh.repair_head(model, dense_head(model), IDS, steps=20, batch_size=32)
     assert repair.last < repair.first
+
+
+# -- what is no language model -----------------------------------------------------------------------------------------
+
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+_TEXT = {**SIZES, "head_dim": 8}
+_IMAGE = 5  # the token that stands for a patch of an image
+MULTIMODAL = {
+    "llava": {
+        "vision_config": {"model_type": "clip_vision_model", "projection_dim": 32, **_VISION},
+        "text_config": {"model_type": "llama", **_TEXT},
+        "image_token_index": _IMAGE,
+        "vision_feature_layer": -1,
+    },
+    "gemma3": {
+        "vision_config": {"model_type": "siglip_vision_model", **_VISION},
+        "text_config": {**_TEXT, "sliding_window": 8},
+        "mm_tokens_per_image": 4,
+        "image_token_id": _IMAGE,
+    },
+}
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_only_the_language_model_of_a_multi_modal_one_is_patched(family):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **MULTIMODAL[family])
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    ids = IDS[:1].clone()
+    ids[:, 2:6] = _IMAGE  # 16 × 16 pixels in patches of 8
+    batch = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16)}
+    if family == "gemma3":
+        batch["token_type_ids"] = (ids == _IMAGE).long()
+    before = model(**batch).logits
+    sh.patch(model, attention="softmax")
+    patched = [name for name, module in model.named_modules() if hasattr(module, "softheads")]
+    assert patched == [f"model.language_model.layers.{i}.self_attn" for i in (0, 1)]
+    torch.testing.assert_close(model(**batch).logits, before, atol=1e-5, rtol=1e-5)
+    sh.unpatch(model)
+    with refused(model, ValueError, "layer 2 does not exist: the model has layers 0 to 1"):
+        sh.patch(model, attention="softmax", layers=[2])
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "reads"),
+    [
+        ("vit", _VISION, "reads image and"),
+        (
+            "clip",
+            {
+                "text_config": {**_VISION, "vocab_size": VOCAB, "max_position_embeddings": 32},
+                "vision_config": _VISION,
+                "projection_dim": 16,
+            },
+            "reads image and text and is no language model; .* in its text tower alone",
+        ),
+    ],
+)
+def test_towers_are_no_language_models(family, settings, reads):
+    model = AutoModel.from_config(AutoConfig.for_model(family, **settings)).eval()
+    with refused(model, ValueError, reads):
+        sh.patch(model, attention="softmax")
+    with refused(model, ValueError, "no output embedding"):
+        sh.patch(model, head="dense")
+
+
+def test_a_module_of_another_library_is_no_model():
+    class UNet2DConditionModel(torch.nn.Module):
+        pass
+
+    with pytest.raises(TypeError, match="expected a transformers model, got UNet2DConditionModel"):
+        sh.patch(UNet2DConditionModel(), attention="softmax")
+
+
+def test_t5_s_own_attention_is_replaced_but_not_that_to_its_encoder():
+    sizes = {
+        "vocab_size": VOCAB,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
+    config = AutoConfig.for_model("t5", **sizes, decoder_start_token_id=0, pad_token_id=0)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    batch = {"input_ids": IDS[:2], "decoder_input_ids": IDS[2:4, :5]}
+    before = model(**batch).logits
+    sh.patch(model, attention="softmax")
+    patched = [name for name, module in model.named_modules() if hasattr(module, "softheads")]
+    assert len(patched) == 4
+    assert all(name.endswith(".SelfAttention") for name in patched)
+    torch.testing.assert_close(model(**batch).logits, before, atol=1e-5, rtol=1e-5)
+    sh.patch(sh.unpatch(model), attention=sh.attention.Sigmoid())
+    assert not torch.allclose(model(**batch).logits, before)
+
+
+# -- damaged folders ---------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, **parts: Any) -> dict[str, Any]:
+    """A patched model in a folder; what its config.json says."""
+    sh.patch(make_model("llama"), **(parts or {"head": sh.heads.VQ(codes=24)})).save_pretrained(
+        folder
+    )
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
+
+
+def loading(folder: Path, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        AutoModelForCausalLM.from_pretrained(folder)
+    one_line(caught.value)
+
+
+@pytest.mark.parametrize("version", ["1", None, 0, True, -1, 1.0])
+def test_a_damaged_format_version(version, tmp_path):
+    config = saved(tmp_path)
+    config["quantization_config"]["format_version"] = version
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loading(
+        tmp_path,
+        rf"format_version {re.escape(repr(version))}, but a format is a whole number from 1 to 1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (
+            None,
+            "this model's plan names none of head, attention; its config.json is damaged",
+        ),
+        ({"name": "vqq"}, "unknown head variant 'vqq'; did you mean 'vq'"),
+        ({"name": "vq", "codes": "24"}, "vq.codes must be int, got '24'"),
+        ({"name": "vq", "codes": -24}, "vq.codes must be at least 1, got -24"),
+        ({"name": "vq"}, "needs a value for 'codes'"),
+        (7, "a head variant is a dictionary with a 'name', got 7"),
+    ],
+)
+def test_a_damaged_plan(head, message, tmp_path):
+    config = saved(tmp_path)
+    config["quantization_config"]["head"] = head
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loading(tmp_path, message)
+
+
+def test_damaged_json(tmp_path):
+    saved(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text[: len(text) // 2])
+    with pytest.raises((ValueError, OSError), match=r"config\.json"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("length", [4, 64, -100])
+def test_a_truncated_file(length, tmp_path):
+    saved(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    loading(tmp_path, r"model\.safetensors is truncated or damaged .*; download or export it again")
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        (sh.heads.VQ(codes=24), "codes"),
+        (sh.heads.ResidualVQ(stages=2, codes=24), "codes"),
+        (sh.heads.Hierarchical(8), "codes"),
+        (sh.heads.Draft(40), "ids"),
+        (sh.heads.Temperature(inner=sh.heads.VQ(codes=24)), "inner.codes"),
+        (sh.heads.TransformCoded(bits=6.0), "bits"),
+    ],
+    ids=lambda v: getattr(v, "name", v),
+)
+def test_indices_of_nothing(spec, name, tmp_path):
+    stats = collected() if spec.name == "draft" else None
+    model = make_model("llama")
+    expected = (
+        contextlib.nullcontext() if stats is None else pytest.warns(UserWarning, match="they need")
+    )
+    with expected:
+        sh.patch(model, head=spec, stats=stats)
+    model.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"lm_head.{name}"].view(-1)[3] = 97
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loading(
+        tmp_path,
+        rf"{re.escape(name)} of the .* holds indices from \d+ to 97, but there are 0 to \d+: the checkpoint",
+    )
+
+
+# -- before minutes are spent ------------------------------------------------------------------------------------------
+
+
+def collected() -> Any:
+    return sh.collect(make_model("llama"), IDS, window=12)
+
+
+def test_a_head_that_the_checkpoint_lacks(tmp_path):
+    make_model("llama").model.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with refused(
+        model, ValueError, r"lm_head\.weight was not in the checkpoint .* made it up at random"
+    ):
+        sh.patch(model, head=sh.heads.VQ(codes=24))
+    sh.patch(model, attention="softmax")
+
+
+def test_a_head_of_which_the_checkpoint_lacks_the_bias(tmp_path):
+    config = AutoConfig.for_model("bert", **SIZES)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    with refused(model, ValueError, r"decoder\.bias was not in the checkpoint"):
+        sh.patch(model, head="dense")
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "whole")
+    sh.patch(AutoModelForMaskedLM.from_pretrained(tmp_path / "whole"), head="dense")
+
+
+def test_a_random_head_is_refused_when_patching_while_loading(tmp_path):
+    make_model("llama").model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="made it up at random"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=sh.SoftheadsConfig(head="dense")
+        )
+
+
+@pytest.mark.parametrize("shards", ["50GB", "8KB"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_heads_that_were_loaded_resized_or_made_here_are_patched(tied, shards, tmp_path):
+    made = make_model("llama", tie_word_embeddings=tied)
+    made.save_pretrained(tmp_path, max_shard_size=shards)
+    sh.patch(AutoModelForCausalLM.from_pretrained(tmp_path), head="dense")
+    resized = AutoModelForCausalLM.from_pretrained(tmp_path)
+    resized.resize_token_embeddings(VOCAB + 3)
+    sh.patch(resized, head="dense")
+    sh.patch(copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path)), head="dense")
+    sh.patch(made, head="dense")
+
+
+def test_statistics_that_are_not_finite(model):
+    stats = collected()
+    stats.curvature[3] = math.nan
+    with refused(model, ValueError, "these statistics hold NaN or infinite values in curvature"):
+        sh.patch(model, head=sh.heads.VQ(codes=24), stats=stats)
+
+
+def test_a_warning_points_to_the_line_that_asked(model):
+    stats = collected()
+    with pytest.warns(UserWarning, match=r"saw 88 tokens; .* they need about 512") as patching:
+        sh.patch(model, head="dense", stats=stats)
+    with pytest.warns(UserWarning, match=r"saw 88 tokens; .* they need about 8,192") as choosing:
+        sh.choose(make_model("llama"), stats, bits=8, candidates=[sh.heads.Quantized(4)])
+    assert {warning.filename for warning in [*patching, *choosing]} == {__file__}
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def test_saving_replaces_nothing_before_all_is_written(model, tmp_path, monkeypatch):
+    saved(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    sh.patch(model, head=sh.heads.Quantized(4))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patching:
+        patching.setattr("transformers.modeling_utils.safe_save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            model.save_pretrained(tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        with pytest.raises(OSError, match="No space left"):
+            model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == before.keys()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_saving_in_fewer_shards_leaves_none_of_before(model, tmp_path):
+    sh.patch(model, head=sh.heads.VQ(codes=24))
+    (tmp_path / "other-00001-of-00002.safetensors").write_text("mine")
+    for size in ("8KB", "16KB", "50GB"):
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    names = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert names == {"model.safetensors", "other-00001-of-00002.safetensors"}
+
+
+def test_other_processes_and_given_weights(model, tmp_path):
+    sh.patch(model, head=sh.heads.VQ(codes=24))
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.glob("*.safetensors"))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["lm_head.weight"].zero_()
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert not load_file(tmp_path / "model.safetensors")["lm_head.weight"].any()
