@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What a field's number may be, below or on both sides: `rate: Annotated[float, Bounds(above=0, at_most=1)]`."""
+    """What a field's number may be: `rate: Annotated[float, Bounds(above=0, at_most=1)] = 0.1`."""
 
     above: float | None = None
     at_least: float | None = None
@@ -39,16 +39,19 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        above, below = self.above, self.below
         if self.at_least is not None and self.at_most is not None:
             text = f"from {self.at_least} to {self.at_most}"
-        elif above is not None and below is not None:
-            text = f"between {above} and {below}, both excluded"
-        elif above is not None:
-            text = f"greater than {above}" if above else "positive"
-            text += "" if self.at_most is None else f" and at most {self.at_most}"
+        elif self.above is not None and self.below is not None:
+            text = f"between {self.above} and {self.below}, both excluded"
         else:
-            text = f"at least {self.at_least}"
+            positive = "positive" if self.above == 0 else f"greater than {self.above}"
+            said = {
+                positive: self.above,
+                f"at least {self.at_least}": self.at_least,
+                f"less than {self.below}": self.below,
+                f"at most {self.at_most}": self.at_most,
+            }
+            text = " and ".join(words for words, bound in said.items() if bound is not None)
         return f"{text} ({self.hint})" if self.hint else text
 
 

@@ -1,12 +1,10 @@
 """The only package that knows the inside of transformers.
 
 `attention`: the registered implementation, its mask, the layers. `hidden`: the layer's input and its cache. `heads`:
-`probe`: a trial run. Nothing is assigned into a transformers class.
-checkpoint lacks. `classifiers`: the last module of a sequence classifier. `subclass`: the class of a patched model, and
-classifier. `subclass`: the class of a patched model, and the loss inside its head. `ties`: parameters that are one.
-the loss inside its head. `probe`: a trial run. Nothing is assigned into a transformers class.
-the output embedding, hidden states, what a family does to its logits. `classifiers`: the last module of a sequence
 the output embedding, hidden states, what a family does to its logits. `inputs`: token ids. `loading`: a head that the
+checkpoint lacks. `ties`: parameters that are one. `classifiers`: the last module of a sequence classifier. `subclass`:
+the class of a patched model, and the loss inside its head. `probe`: a trial run. Nothing is assigned into a
+transformers class.
 """
 
 from hf_softheads.bridge.attention import IMPLEMENTATION as IMPLEMENTATION
