@@ -1,10 +1,10 @@
-"""The only package that knows the inside of transformers.
+"""The only package that knows the inside of transformers, one file a subject.
 
 `attention`: the registered implementation, its mask, the layers. `hidden`: the layer's input and its cache. `heads`:
-the output embedding, hidden states, what a family does to its logits. `inputs`: token ids. `loading`: a head that the
-checkpoint lacks. `ties`: parameters that are one. `classifiers`: the last module of a sequence classifier. `subclass`:
-the class of a patched model, and the loss inside its head. `probe`: a trial run. Nothing is assigned into a
-transformers class.
+the output embedding, hidden states, what a family does to its logits. `linear`: what else a dense head may do.
+`inputs`: token ids. `loading`: a head that the checkpoint lacks. `ties`: parameters that are one. `classifiers`: the
+last module of a sequence classifier. `subclass`: the class of a patched model, and the loss inside its head. `probe`: a
+trial run. Nothing is assigned into a transformers class.
 """
 
 from hf_softheads.bridge.attention import IMPLEMENTATION as IMPLEMENTATION
@@ -36,6 +36,7 @@ from hf_softheads.bridge.hidden import check_values as check_values
 from hf_softheads.bridge.hidden import drop_variant as drop_variant
 from hf_softheads.bridge.hidden import give_variant as give_variant
 from hf_softheads.bridge.inputs import check_tokens as check_tokens
+from hf_softheads.bridge.linear import check_linear as check_linear
 from hf_softheads.bridge.loading import check_loaded as check_loaded
 from hf_softheads.bridge.probe import probe as probe
 from hf_softheads.bridge.subclass import Patched as Patched

@@ -76,7 +76,8 @@ def choose(
             candidate within the budget (the message names the smallest).
     """
     base = bridge.transformers_model(model)
-    _, dense = bridge.find_head(base)
+    path, dense = bridge.find_head(base)
+    bridge.check_linear(path, dense)
     weight: Tensor = dense.weight.detach()
     bias: Tensor | None = getattr(dense, "bias", None)
     vocab, dim = weight.shape

@@ -38,6 +38,7 @@ class LMHead(Site):
         bias: Tensor | None = getattr(dense, "bias", None)
         _check_matrix(path, weight, bias)
         bridge.check_loaded(model, path, dense)
+        bridge.check_linear(path, dense)
         vocab, dim = weight.shape
         spec.check(dim, vocab)
         if fitting.stats is not None:
