@@ -13,6 +13,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from hf_softheads.attention.base import AttentionVariant
 from hf_softheads.bridge.attention import IMPLEMENTATION, showing
 from hf_softheads.bridge.classifiers import active_classifier, pooling
+from hf_softheads.bridge.fused_head import answered, theirs
+from hf_softheads.bridge.head_weight import guard_weight
 from hf_softheads.bridge.heads import active_head
 from hf_softheads.bridge.hidden import CHILD
 from hf_softheads.classifiers.base import PooledClassifier
@@ -30,6 +32,14 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
             module.reset_parameters()
         else:
             super()._init_weights(module)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # a library gives this model a forward of its own
+        super().__setattr__(name, answered(self, value) if name == "forward" else value)
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        guard_weight(new_embeddings)
+        super().set_output_embeddings(new_embeddings)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         wanted = attn_implementation
@@ -78,6 +88,9 @@ def subclass_patched(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not isinstance(module, Patched):
             module.__class__ = _adopted(module.__class__, module is model)
+    if "forward" in model.__dict__:
+        model.forward = model.__dict__["forward"]  # given before the patch: see `answered`
+    guard_weight(model.get_output_embeddings())  # a checkpoint's parameters take the place of those that were built
 
 
 def restore_class(model: PreTrainedModel) -> None:
@@ -85,6 +98,8 @@ def restore_class(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Patched):
             module.__class__ = module._adopted_from
+            if "forward" in module.__dict__:
+                module.forward = theirs(module.__dict__["forward"])
 
 
 @functools.cache
