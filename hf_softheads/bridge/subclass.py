@@ -15,6 +15,8 @@ from hf_softheads import files
 from hf_softheads.attention.base import AttentionVariant
 from hf_softheads.bridge.attention import IMPLEMENTATION, register, showing
 from hf_softheads.bridge.classifiers import active_classifier, pooling
+from hf_softheads.bridge.fused_head import answered, theirs
+from hf_softheads.bridge.head_weight import guard_weight
 from hf_softheads.bridge.heads import active_head
 from hf_softheads.bridge.hidden import CHILD
 from hf_softheads.bridge.ties import without_heads
@@ -46,6 +48,14 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
     @_tied_weights_keys.setter
     def _tied_weights_keys(self, value: Any) -> None:
         self.__dict__["_tied_weights_keys"] = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # a library gives this model a forward of its own
+        super().__setattr__(name, answered(self, value) if name == "forward" else value)
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        guard_weight(new_embeddings)
+        super().set_output_embeddings(new_embeddings)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         wanted = attn_implementation
@@ -125,6 +135,11 @@ def subclass_patched(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not isinstance(module, Patched):
             module.__class__ = _adopted(module.__class__, module is model)
+    if "forward" in model.__dict__:
+        model.forward = model.__dict__["forward"]  # given before the patch: see `answered`
+    guard_weight(
+        model.get_output_embeddings()
+    )  # a checkpoint's parameters take the place of those that were built
 
 
 def restore_class(model: PreTrainedModel) -> None:
@@ -132,6 +147,8 @@ def restore_class(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Patched):
             module.__class__ = module._adopted_from
+            if "forward" in module.__dict__:
+                module.forward = theirs(module.__dict__["forward"])
 
 
 @functools.cache

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_softheads.heads.forms.fit_guard import checked
 from hf_softheads.heads.forms.logit_transform import LogitTransform as LogitTransform
+from hf_softheads.heads.forms.token_numbers import TokenStatistics as TokenStatistics
+from hf_softheads.heads.forms.token_numbers import as_statistics, labelled, of_logits
 from hf_softheads.registry import Spec
 
 if TYPE_CHECKING:
@@ -133,6 +135,34 @@ class Head(nn.Module):
     def logsumexp(self, hidden: Tensor) -> Tensor:
         """`log Σ_v exp(logits)`, `(…)` fp32."""
         return self._in_chunks(lambda h: self.logits(h).logsumexp(-1), hidden)
+
+    def token_statistics(
+        self, hidden: Tensor, labels: Tensor, temperature: float = 1.0, ignore_index: int = -100
+    ) -> TokenStatistics:
+        """`log p(label)`, entropy and best token of `p = softmax(logits / temperature)`, each `(…)`.
+
+        Exactly 0 where `label == ignore_index`, which is not computed at all. Gradients flow through the
+        log-probability and the entropy.
+        """
+        check_temperature(temperature)
+
+        def numbers(h: Tensor, y: Tensor) -> Tensor:
+            return self.token_numbers(h, y, temperature, moments=False)
+
+        return as_statistics(labelled(numbers, hidden, labels, ignore_index))
+
+    def token_numbers(
+        self, hidden: Tensor, labels: Tensor, temperature: float, moments: bool
+    ) -> Tensor:
+        """`log p(label)`, entropy, best token and, with `moments`, mean logit and `log Σ p²`: `(…, 3 or 5)` fp32.
+
+        `p = softmax(logits / temperature)`, and the mean is of `logits / temperature`; `labels` in `[0, V)`.
+        """
+
+        def chunk(h: Tensor, y: Tensor) -> Tensor:
+            return of_logits(self.logits(h) / temperature, y, moments)
+
+        return self._in_chunks(chunk, hidden, labels)
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:

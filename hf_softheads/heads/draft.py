@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec, check_temperature, gumbel_max, index_dtype
+from hf_softheads.heads.forms.token_numbers import of_logits
 from hf_softheads.registry import Count
 
 if TYPE_CHECKING:
@@ -111,6 +112,21 @@ class DraftHead(Head):
         return self._in_chunks(
             lambda h: self._kept_logits(h).logsumexp(-1), hidden, width=len(self.weight)
         )
+
+    def token_numbers(
+        self, hidden: Tensor, labels: Tensor, temperature: float, moments: bool
+    ) -> Tensor:
+        def chunk(h: Tensor, y: Tensor) -> Tensor:
+            place = self._places()[y]
+            z = self._kept_logits(h) / temperature
+            log_prob, entropy, best, *rest = of_logits(z, place.clamp_min(0), moments).unbind(-1)
+            log_prob = log_prob.masked_fill(place < 0, -torch.inf)
+            best = self.ids.long()[best.detach().long()].to(z.dtype)
+            if rest and len(self.weight) < self.out_features:
+                rest[0] = torch.full_like(rest[0], -torch.inf)  # the mean over all tokens
+            return torch.stack([log_prob, entropy, best, *rest], -1)
+
+        return self._in_chunks(chunk, hidden, labels, width=len(self.weight))
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -154,6 +154,12 @@ class ProjectedHead(WrapperHead):
     def logsumexp(self, hidden: Tensor) -> Tensor:
         return self.inner_alike().logsumexp(self.prepare(hidden))
 
+    def token_numbers(
+        self, hidden: Tensor, labels: Tensor, temperature: float, moments: bool
+    ) -> Tensor:
+        inner = self.inner_alike()
+        return inner.token_numbers(self.prepare(hidden), labels, temperature, moments)
+
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return self.inner_alike().topk(self.prepare(hidden), k)

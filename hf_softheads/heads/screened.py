@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_softheads.heads.base import Head, HeadSpec, LogitTransform
 from hf_softheads.heads.dense import Dense
 from hf_softheads.heads.fit.blockwise import over_states, scores_of
+from hf_softheads.heads.forms.token_numbers import of_logits
 from hf_softheads.kernels import select
 from hf_softheads.kernels.screened import largest, logsumexp
 from hf_softheads.registry import Count
@@ -117,6 +118,16 @@ class ScreenedHead(Head):
         def chunk(h: Tensor, y: Tensor) -> Tensor:
             z = transform(self._mixed(h))
             return z.gather(-1, y.unsqueeze(-1)).squeeze(-1) - z.logsumexp(-1)
+
+        return self._in_chunks(chunk, hidden, labels, width=self._width)
+
+    def token_numbers(
+        self, hidden: Tensor, labels: Tensor, temperature: float, moments: bool
+    ) -> Tensor:
+        transform = self._known_transform()
+
+        def chunk(h: Tensor, y: Tensor) -> Tensor:
+            return of_logits(transform(self._mixed(h)) / temperature, y, moments)
 
         return self._in_chunks(chunk, hidden, labels, width=self._width)
 
