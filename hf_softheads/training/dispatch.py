@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +13,30 @@ from torch.utils.checkpoint import checkpoint
 from hf_softheads.bridge import Function
 from hf_softheads.heads.base import Head, LogitTransform
 from hf_softheads.heads.dense import DenseHead
-from hf_softheads.losses.base import HiddenLoss, LogitStatistic, LossSpec, SampledLoss, SummaryLoss
+from hf_softheads.losses.base import (
+    DivergenceLoss,
+    HiddenLoss,
+    LogitStatistic,
+    LossSpec,
+    SampledLoss,
+    SummaryLoss,
+)
 from hf_softheads.losses.noisy_softmax import NoisySoftmax
 from hf_softheads.training.fused_ce import fused_total
 from hf_softheads.training.logit_moments import moments
 from hf_softheads.training.token_chunks import OfTile, Scorer, candidate_logits, chunks, widened
-from hf_softheads.training.vocab_blocks import blocks
+from hf_softheads.training.two_heads import Divergences
+from hf_softheads.training.vocab_blocks import blocks, blocks_per_token
 
 
 class View(NamedTuple):
-    """The teacher on one batch: its scores from the student's (or its own) hidden states, what it does to them, and
-    its hidden states."""
+    """The teacher on one batch: its scores from the student's (or its own) hidden states, what it does to them, its
+    hidden states, and its head where that is a plain matrix."""
 
     scores: Callable[[Tensor, Tensor | None], Tensor | None]
     transform: LogitTransform
-    hidden: Tensor | None  # (n, D)
+    hidden: Tensor | None  # (n, Dt)
+    dense: Scorer | None
 
     def at(self, part: slice) -> Tensor | None:
         return None if self.hidden is None else self.hidden[part]
@@ -41,7 +50,8 @@ class WeightedLosses:
     """`Σ weight · loss` of hidden states `(n, D)` under a head.
 
     A loss of a few numbers per token is computed in code space by a structured head, in blocks of the vocabulary or
-    from moments by a dense one; a sampled loss from its rows; all others from one walk over chunks of whole logits.
+    from moments by a dense one; a sampled loss from its rows; a divergence between two dense heads in blocks of both
+    vocabularies, where the memory does not hold all scores; all others from one walk over chunks of whole logits.
     """
 
     def __init__(
@@ -67,7 +77,7 @@ class WeightedLosses:
     ) -> Tensor:
         """`scale ·` the sum over tokens; `forward` is the head's own."""
         self.parts = {}
-        dense = self._dense(head)
+        dense = as_matrix(head, self.transform)
         later = 1.0
         if hidden.dtype == torch.float16:
             scale, later = 1.0, scale  # p / n would underflow: scaled in the backward pass, in fp32
@@ -81,8 +91,8 @@ class WeightedLosses:
             terms = [self._note(loss, each) * (self.losses[loss] * scale) for loss, each in values]
             return torch.stack(terms).sum()
 
-        def of_numbers(numbers: Mapping[LogitStatistic, Tensor]) -> Tensor:
-            return add((k, k.from_summary(numbers)) for k in whole if isinstance(k, SummaryLoss))
+        def of_numbers(numbers: Mapping[Any, Tensor]) -> Tensor:
+            return add((k, _from_numbers(k, numbers)) for k in whole)
 
         def of_chunk(chunk: slice) -> OfTile:
             h, y = hidden[chunk].detach(), labels[chunk]
@@ -103,10 +113,21 @@ class WeightedLosses:
             )
         if not whole:
             return total * later
-        needs: frozenset[LogitStatistic] = frozenset(
-            n for k in whole if isinstance(k, SummaryLoss) for n in k.needs
-        )
-        if not all(isinstance(k, SummaryLoss) for k in whole):
+        needs = _needs(whole)
+        pair = self._pair(whole, hidden, dense, teacher)
+        if pair is not None and dense is not None and torch.is_grad_enabled():
+            elements, memory = self._pair_elements(hidden, pair)
+            out = blocks(
+                hidden,
+                labels,
+                dense,
+                needs,
+                of_numbers,
+                elements=elements,
+                memory=memory,
+                divergences=pair,
+            )
+        elif not all(isinstance(k, SummaryLoss) for k in whole):
             out = None
         elif dense is not None and self._from_moments(dense, needs):
             out = of_numbers(moments(hidden, labels, dense.weight, self.transform.scale or 1.0))
@@ -135,7 +156,25 @@ class WeightedLosses:
     ) -> Tensor:
         """The weighted sum of all losses per token, `(n,)`; logits are recomputed in the backward pass."""
         self.parts = {}
-        dense = self._dense(head)
+        dense = as_matrix(head, self.transform)
+        whole = [k for k in self.losses if not _needs_no_logits(k, head, dense)]
+        pair = self._pair(whole, hidden, dense, teacher)
+        if pair is not None and dense is not None and len(whole) == len(self.losses):
+
+            def combine(numbers: Mapping[Any, Tensor]) -> Tensor:
+                weighted = [_from_numbers(k, numbers) * w for k, w in self.losses.items()]
+                return torch.stack(weighted).sum(0)
+
+            elements, _ = self._pair_elements(hidden, pair)
+            return blocks_per_token(
+                hidden,
+                labels,
+                dense,
+                _needs(whole),
+                combine,
+                elements=elements,
+                divergences=pair,
+            )
 
         def chunk(h: Tensor, y: Tensor, start: int) -> Tensor:
             of_teacher = teacher.at(slice(start, start + len(h)))
@@ -208,6 +247,27 @@ class WeightedLosses:
     def _logits(self, forward: Function, hidden: Tensor) -> Tensor:
         return self.transform(widened(forward(hidden)))
 
+    def _pair(
+        self, losses: Sequence[LossSpec], hidden: Tensor, dense: Scorer | None, teacher: View
+    ) -> Divergences | None:
+        """The walk over the blocks of both heads; None where it is not possible, or where two chunks of tokens do: their
+        gradients need no memory beside their own."""
+        divergences = [k for k in losses if isinstance(k, DivergenceLoss)]
+        others = [k for k in losses if not isinstance(k, DivergenceLoss | SummaryLoss)]
+        if not divergences or others or dense is None or teacher.dense is None:
+            return None
+        theirs = hidden.detach() if teacher.hidden is None else teacher.hidden
+        size = hidden.element_size() + theirs.element_size()
+        if size * len(hidden) * self.vocab <= 2 * self.memory:
+            return None
+        return Divergences(divergences, teacher.dense, theirs)
+
+    def _pair_elements(self, hidden: Tensor, pair: Divergences) -> tuple[int, int]:
+        """How many scores of either head a block has, and how many bytes of other blocks may be kept besides."""
+        size = hidden.element_size() + pair.hidden.element_size()
+        elements = min(self.memory // size, 2**23 if hidden.device.type == "cpu" else 2**25)
+        return elements, self.memory - size * elements
+
     def _elements(self, hidden: Tensor, most: int | None = None) -> int:
         """How many logits the memory holds."""
         fits = self.memory // hidden.element_size()
@@ -218,16 +278,19 @@ class WeightedLosses:
         rows = max(64, (2**20 if hidden.device.type == "cpu" else 2**25) // self.vocab)
         return max(1, min(rows, self._elements(hidden) // self.vocab))
 
-    def _dense(self, head: nn.Module) -> Scorer | None:
-        """A plain matrix as tensors; None for structured, adapted or quantized heads."""
-        linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-        if linear or isinstance(head, DenseHead):
-            return Scorer(head.weight, head.bias, self.transform)  # type: ignore[arg-type]
-        return None
-
     def _from_moments(self, dense: Scorer, needs: frozenset[LogitStatistic]) -> bool:
         asked = needs <= {"target", "mean", "mean_square"}
         return asked and dense.bias is None and self.transform.scale is not None
+
+
+def as_matrix(head: nn.Module | Tensor | None, transform: LogitTransform) -> Scorer | None:
+    """A plain matrix as tensors; None for structured, adapted or quantized heads."""
+    if isinstance(head, Tensor):
+        return Scorer(head, None, transform)
+    linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if linear or isinstance(head, DenseHead):
+        return Scorer(head.weight, head.bias, transform)  # type: ignore[arg-type, union-attr]
+    return None
 
 
 def _needs_no_logits(loss: LossSpec, head: nn.Module, dense: Scorer | None) -> bool:
@@ -235,6 +298,15 @@ def _needs_no_logits(loss: LossSpec, head: nn.Module, dense: Scorer | None) -> b
         return isinstance(loss, HiddenLoss)
     single = isinstance(head, Head) and type(head).subset is not Head.subset
     return dense is not None or (single and not loss.cosine)
+
+
+def _needs(losses: Sequence[LossSpec]) -> frozenset[LogitStatistic]:
+    return frozenset(n for k in losses if isinstance(k, SummaryLoss) for n in k.needs)
+
+
+def _from_numbers(loss: LossSpec, numbers: Mapping[Any, Tensor]) -> Tensor:
+    """Per token."""
+    return loss.from_summary(numbers) if isinstance(loss, SummaryLoss) else numbers[loss]
 
 
 def _has_code_space(head: Head, needs: frozenset[LogitStatistic]) -> bool:

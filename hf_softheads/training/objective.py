@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,10 @@ from hf_softheads.bridge import (
 from hf_softheads.losses.base import HiddenLoss, LossSpec
 from hf_softheads.losses.cross_entropy import CrossEntropy
 from hf_softheads.registry import spec_from_dict
-from hf_softheads.training.dispatch import View, WeightedLosses
+from hf_softheads.training.dispatch import WeightedLosses
 from hf_softheads.training.fused_ce import backend as find_backend
+from hf_softheads.training.teacher import Teacher as Teacher
+from hf_softheads.training.teacher import TeacherSide, is_model
 from hf_softheads.training.token_chunks import widened
 
 if TYPE_CHECKING:
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 Reduction = Literal["mean", "sum", "none"]
-Teacher = Tensor | nn.Module | None
 
 
 class _Call(NamedTuple):
@@ -42,7 +43,7 @@ class _Call(NamedTuple):
     kept: Tensor  # (B, T - 1) bool
     labels: Tensor  # (n,)
     scale: float | None  # None: per token
-    teacher_hidden: Tensor | None  # (B, T, D)
+    teacher_hidden: Tensor | None  # (B, T, Dt)
     forward: Function
 
 
@@ -61,10 +62,14 @@ class Objective:
         model: a causal language model, patched or not, wrapped or not.
         losses: loss specs (or their names) with their weights.
         teacher: for distillation losses: the dense matrix `(V, D)` or a head module, which see the same hidden states
-            as the model's head; or another model of the same vocabulary, which runs on the same batch.
+            as the model's head, or those of width Dt that a call gives as `teacher_hidden`; or another model of the
+            same vocabulary, which runs on the same batch unless `teacher_hidden` is given. The scores that a matrix or
+            an `nn.Linear` makes of `teacher_hidden` count as they are: of a family with a soft cap or a scale, pass the
+            model, or a head of this package with its `transform`.
         memory: bytes of logits that may be kept at once, in the dtype of the hidden states; 512 MiB by default. A
             cross-entropy (any loss of a few numbers per token) computes those that do not fit a second time, so that
-            `memory=2**25` is its lean mode: a third more work.
+            `memory=2**25` is its lean mode: a third more work. So do `kl`, `reverse_kl` and `jsd` between two dense
+            heads (`jsd` a third time); the teacher's scores count too.
         backend: compute the gradients of a plain cross-entropy of a dense head by `torch` (`F.linear_cross_entropy`),
             `liger` or `cce` (cut-cross-entropy) instead; refused where that is less exact.
 
@@ -101,7 +106,7 @@ class Objective:
         self._weighted = WeightedLosses(self.losses, self.vocab, self.transform, memory, backend)
         _check_losses(self.losses, teacher, self.vocab)
         _check_backend(backend, self.losses)
-        self._teacher_reader = SplitModel(teacher) if _is_model(teacher) else None
+        self._teacher = TeacherSide(teacher, model, self.transform)
         self._transform_checked = False
         self._stand_in = torch.compiler.disable(self._score)
         self._keep = torch.compiler.disable(self._keep_output)
@@ -114,6 +119,7 @@ class Objective:
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
         reduction: Reduction = "mean",
+        teacher_hidden: Tensor | None = None,
         **batch: Any,
     ) -> Tensor:
         """The loss of a batch as the model's forward takes it.
@@ -124,17 +130,19 @@ class Objective:
             num_items_in_batch: divide by this instead of by the number of labels here: with gradient accumulation or
                 several processes, the number in the whole batch.
             reduction: `none` gives `(B, T - 1)`: the loss of predicting token t + 1, 0 where masked.
+            teacher_hidden: `(B, T, Dt)`, what the teacher's own body hands to its head for these tokens.
 
         Returns:
             A scalar, or `(B, T - 1)`; with no label at all exactly 0, with zero gradients.
 
         Raises:
-            ValueError: labels outside the vocabulary or not shaped as the hidden states.
+            ValueError: labels outside the vocabulary or not shaped as the hidden states; hidden states of the teacher
+                that are missing, not wanted, or not shaped as the labels and its head say.
         """
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
         batch.setdefault("use_cache", False)
-        with self._instead_of_logits(labels, batch, num_items_in_batch, reduction):
+        with self._instead_of_logits(labels, batch, num_items_in_batch, reduction, teacher_hidden):
             self.model(**batch)
             out = self._out
         return self._result(out, reduction)
@@ -146,18 +154,21 @@ class Objective:
         batch: Mapping[str, Any],
         num_items_in_batch: Tensor | int | None,
         reduction: Reduction,
+        teacher_hidden: Tensor | None = None,
     ) -> Iterator[None]:
         """Within the context the model's head computes this loss on the labels; what it gave is in `_out`."""
         targets = labels[:, 1:]
         kept = targets != IGNORE if targets.ndim == 2 else (targets != IGNORE).any(-1)
         chosen = targets[kept]
         _check_labels(chosen, self.vocab)
+        self._teacher.check(teacher_hidden, tuple(labels.shape[:2]), runs=True)
         if not self._transform_checked and "input_ids" in batch:
             check_transform(self.model, self.transform, batch)
             self._transform_checked = True
         count = len(chosen) if num_items_in_batch is None else float(num_items_in_batch)
         scale = {"mean": 1 / max(count, 1), "sum": 1.0, "none": None}[reduction]
-        teacher_hidden = self._teacher_hidden(batch)
+        if teacher_hidden is None:
+            teacher_hidden = self._teacher.run(batch)
         hook = None
         try:
             with head_as(self.model, self._stand_in) as forward:
@@ -174,12 +185,20 @@ class Objective:
             raise RuntimeError(f"{type(self.model).__name__}.forward did not call its head")
         return out[:, :-1, 0] if reduction == "none" else out.flatten()[0]
 
-    def from_hidden(self, hidden: Tensor, labels: Tensor, head: nn.Module | None = None) -> Tensor:
+    def from_hidden(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        head: nn.Module | None = None,
+        teacher_hidden: Tensor | None = None,
+    ) -> Tensor:
         """The mean loss of hidden states `(n, D)` that are at hand already, and the tokens `(n,)` that follow them.
 
-        `head` stands in for the model's.
+        `head` stands in for the model's; `teacher_hidden (n, Dt)` are the teacher's own.
         """
-        head, teacher = head or output_head(self.model), self._view(None)
+        self._teacher.check(teacher_hidden, tuple(labels.shape[:1]), runs=False)
+        head = head or output_head(self.model)
+        teacher = self._teacher.view(teacher_hidden, hidden.device)
         return self._weighted.total(
             head, head.forward, hidden, labels, teacher, 1 / max(len(labels), 1)
         )
@@ -200,8 +219,8 @@ class Objective:
             )
         x = hidden[:, :-1][kept]
         if teacher_hidden is not None:
-            teacher_hidden = teacher_hidden[:, :-1][kept]
-        head, teacher = output_head(self.model), self._view(teacher_hidden)
+            teacher_hidden = teacher_hidden[:, :-1][kept.to(teacher_hidden.device)]
+        head, teacher = output_head(self.model), self._teacher.view(teacher_hidden, hidden.device)
         if scale is None:
             each = self._weighted.per_token(head, forward, x, labels, teacher)
             spread = widened(hidden.new_zeros(kept.shape)).masked_scatter(kept, each)
@@ -212,39 +231,6 @@ class Objective:
     def _keep_output(self, _: nn.Module, __: Any, out: Tensor) -> None:
         """What the head gave after the hooks of wrappers: ZeRO-3 puts another tensor in its place."""
         self._out = out
-
-    @torch.no_grad()
-    def _teacher_hidden(self, batch: Mapping[str, Any]) -> Tensor | None:
-        if self._teacher_reader is None:
-            return None
-        teacher = self._teacher_reader.model
-        training = teacher.training
-        teacher.eval()
-        try:
-            return self._teacher_reader.hidden(
-                **{k: v for k, v in batch.items() if k != "use_cache"}
-            )
-        finally:
-            teacher.train(training)
-
-    def _view(self, hidden: Tensor | None) -> View:
-        own = None if hidden is None else self._teacher_reader
-        transform = self.transform if own is None else own.transform
-        return View(self._teacher_scores, transform, hidden)
-
-    @torch.no_grad()
-    def _teacher_scores(self, hidden: Tensor, of_teacher: Tensor | None) -> Tensor | None:
-        """From the student's hidden states, or from its own where it is a model."""
-        if self.teacher is None:
-            return None
-        if isinstance(self.teacher, Tensor):
-            gather = getattr(self.teacher, "full_tensor", None)  # a sharded matrix
-            weight = self.teacher if gather is None else gather()
-            return F.linear(hidden, weight.to(hidden.device, hidden.dtype))
-        if of_teacher is None:
-            return self.teacher(hidden)  # type: ignore[no-any-return]
-        assert self._teacher_reader is not None
-        return self._teacher_reader.head(of_teacher)  # type: ignore[no-any-return]
 
 
 def _check_labels(chosen: Tensor, vocab: int) -> None:
@@ -284,19 +270,13 @@ def _check_losses(losses: Mapping[LossSpec, float], teacher: Teacher, vocab: int
     if not wanting:
         names = ", ".join(loss.name for loss in losses)
         raise ValueError(f"a teacher is given but none of the losses ({names}) uses one")
-    if any(isinstance(loss, HiddenLoss) for loss in losses) and not _is_model(teacher):
+    if any(isinstance(loss, HiddenLoss) for loss in losses) and not is_model(teacher):
         raise ValueError("hidden_mse compares with the hidden states of another model as teacher")
     if vocabulary(teacher) != vocab:
         raise ValueError(
             f"the teacher has {vocabulary(teacher)} tokens, the model {vocab}: distillation compares "
             "distributions over one vocabulary"
         )
-
-
-def _is_model(teacher: Teacher) -> TypeGuard[PreTrainedModel]:
-    from transformers import PreTrainedModel
-
-    return isinstance(teacher, PreTrainedModel)
 
 
 def trainer_loss(
@@ -336,8 +316,9 @@ class TrainerLoss(Objective):
             return None
         batch = {"use_cache": False, **kwargs}
         labels, items = batch.pop("labels"), batch.pop("num_items_in_batch", None)
+        theirs = batch.pop("teacher_hidden", None)
         running = contextlib.ExitStack()
-        running.enter_context(self._instead_of_logits(labels, batch, items, "mean"))
+        running.enter_context(self._instead_of_logits(labels, batch, items, "mean", theirs))
         self._running = running
         return args, batch
 
