@@ -250,8 +250,8 @@ class WeightedLosses:
     def _pair(
         self, losses: Sequence[LossSpec], hidden: Tensor, dense: Scorer | None, teacher: View
     ) -> Divergences | None:
-        """The walk over the blocks of both heads; None where it is not possible, or where two chunks of tokens do: their
-        gradients need no memory beside their own."""
+        """The walk over the blocks of both heads; None where it is not possible, or where two chunks of tokens do:
+        their gradients need no memory beside their own."""
         divergences = [k for k in losses if isinstance(k, DivergenceLoss)]
         others = [k for k in losses if not isinstance(k, DivergenceLoss | SummaryLoss)]
         if not divergences or others or dense is None or teacher.dense is None:
