@@ -287,12 +287,6 @@ def test_compiles_without_graph_breaks(spec: AttentionSpec) -> None:
     torch._dynamo.reset()
 
 
-def _one_hot(value: Tensor) -> Tensor:
-    """Values `(B, Hkv, K, K)` that make an output its own weights."""
-    keys = value.shape[2]
-    return torch.eye(keys, dtype=value.dtype).expand(*value.shape[:2], keys, keys)
-
-
 @pytest.mark.parametrize(
     "spec", [s for s in SPECS if s.name in ("softpick", "learned_sink", "softmax")], ids=label
 )
@@ -314,21 +308,21 @@ def test_dropout_is_that_of_the_weights(spec: AttentionSpec) -> None:
     # and all together: the factor of the exact output in a draw is 1 on average
     factor = (draws * exact).flatten(1).sum(1) / exact.square().sum()
     error = factor.std() / len(draws) ** 0.5
-    assert error < 0.004
+    assert error < 0.008  # so that a factor that is 4 % off shows
     assert (factor.mean() - 1).abs() <= 5 * error
     # an entry is the weighted sum of values that stay with probability ½, each at twice its weight
-    weights = module(
-        Inputs(inputs.query, inputs.key, _one_hot(inputs.value), None, 8**-0.5)
-    ).detach()
-    repeated = inputs.value.detach().repeat_interleave(2, 1)
-    variance = weights.square() @ repeated.square()
-    ratio = (draws.var(0) / variance).mean()  # 1 but for a relative error of √(2 / 400) an entry
-    assert (ratio - 1).abs() < 0.02
-    # queries 0 and 64 start two blocks of queries: were their masks the same, so would their fates be
-    stays = (draws[:, :, :, 0, 0] - exact[:, :, 0, 0]).sign()
-    later = draws[:, :, :, 64, 0] - exact[:, :, 64, 0]
-    correlation = (stays * later).mean(0) / later.std(0)
-    assert (correlation.abs() < 5 / len(draws) ** 0.5).all()
+    one_hot = torch.eye(70, dtype=torch.float64).expand(1, 2, 70, 70)
+    weights = run(0.0, one_hot).detach()
+    variance = weights.square() @ inputs.value.detach().repeat_interleave(2, 1).square()
+    seen = variance > 0  # softpick gives some queries no weight at all
+    ratio = (draws.var(0)[seen] / variance[seen]).mean()
+    assert (ratio - 1).abs() < 0.02  # 5 · √(2 / 400) / √280 by 400 draws of 280 independent rows
+    # queries 0 and 64 begin two blocks of queries: key 0 stays for both, or for neither, half of the time
+    alive = (weights[0, :, 0, 0] > 0) & (weights[0, :, 64, 0] > 0)
+    stays = torch.stack([run(0.5, one_hot)[0, :, [0, 64], 0] > 0 for _ in range(40)])
+    equal = (stays[:, :, 0] == stays[:, :, 1])[:, alive]
+    assert equal.any(0).all()
+    assert not equal.all(0).any()
 
     def seeded(value: Tensor) -> Tensor:
         torch.manual_seed(1)
