@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +44,10 @@ def read(
 
     if path.is_file():
         try:
-            table = datasets.load_dataset(
-                _READERS[path.suffix], data_files=source, split="train", streaming=streaming
-            )
+            with _quiet_datasets():
+                table = datasets.load_dataset(
+                    _READERS[path.suffix], data_files=source, split="train", streaming=streaming
+                )
         except (datasets.exceptions.DatasetsError, ValueError) as error:
             told = error.__cause__ or error  # datasets' own message names only its cache
             reason = (str(told).strip() or type(told).__name__).splitlines()[0]
@@ -60,6 +64,28 @@ def read(
             "or in a recipe set text_column"
         )
     return _some((example[column] for example in table), source)
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Without its log, which tells an error once more, and without progress bars in logs and pipes."""
+    from datasets.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    logger = logging.getLogger("datasets")
+    level, bars = logger.level, not are_progress_bars_disabled()
+    logger.setLevel(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            enable_progress_bars()
 
 
 def _text_of(path: Path) -> str:
