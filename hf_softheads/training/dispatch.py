@@ -41,6 +41,10 @@ class View(NamedTuple):
     def at(self, part: slice) -> Tensor | None:
         return None if self.hidden is None else self.hidden[part]
 
+    def states(self, hidden: Tensor) -> Tensor:
+        """What its head takes, on a batch whose student has these hidden states."""
+        return hidden.detach() if self.hidden is None else self.hidden
+
     def logits(self, scores: Tensor | None) -> Tensor | None:
         """From its scores."""
         return None if scores is None else self.transform(widened(scores))
@@ -114,9 +118,13 @@ class WeightedLosses:
         if not whole:
             return total * later
         needs = _needs(whole)
-        pair = self._pair(whole, hidden, dense, teacher)
-        if pair is not None and dense is not None and torch.is_grad_enabled():
-            elements, memory = self._pair_elements(hidden, pair)
+        summary = all(isinstance(k, SummaryLoss) for k in whole)
+        pair = self._pair(whole, hidden, dense, teacher) if torch.is_grad_enabled() else None
+        out: Tensor | None = None
+        if dense is not None and summary and self._from_moments(dense, needs):
+            out = of_numbers(moments(hidden, labels, dense.weight, self.transform.scale or 1.0))
+        elif dense is not None and (summary or pair is not None):
+            elements, memory = self._block(hidden, pair)
             out = blocks(
                 hidden,
                 labels,
@@ -127,19 +135,8 @@ class WeightedLosses:
                 memory=memory,
                 divergences=pair,
             )
-        elif not all(isinstance(k, SummaryLoss) for k in whole):
-            out = None
-        elif dense is not None and self._from_moments(dense, needs):
-            out = of_numbers(moments(hidden, labels, dense.weight, self.transform.scale or 1.0))
-        elif dense is not None:
-            elements = self._elements(hidden, 2**24 if hidden.device.type == "cpu" else 2**26)
-            out = blocks(
-                hidden, labels, dense, needs, of_numbers, elements=elements, memory=self.memory
-            )
-        elif isinstance(head, Head) and _has_code_space(head, needs):
+        elif summary and isinstance(head, Head) and _has_code_space(head, needs):
             out = of_numbers(_code_space(head, hidden, labels, needs))
-        else:
-            out = None
         if out is None:
             trained = [p for p in head.parameters() if p.requires_grad]
             if dense is None:
@@ -147,8 +144,8 @@ class WeightedLosses:
                 out = chunks(hidden, trained, score, of_chunk, rows=rows)
             else:
                 distilled = any(k.needs_teacher for k in whole)
-                rows = self._elements(hidden) // self.vocab // (2 if distilled else 1)
-                out = chunks(hidden, trained, dense, of_chunk, rows=max(1, rows))
+                rows = self._dense_rows(hidden, teacher if distilled else None)
+                out = chunks(hidden, trained, dense, of_chunk, rows=rows)
         return (total + out) * later
 
     def per_token(
@@ -165,7 +162,7 @@ class WeightedLosses:
                 weighted = [_from_numbers(k, numbers) * w for k, w in self.losses.items()]
                 return torch.stack(weighted).sum(0)
 
-            elements, _ = self._pair_elements(hidden, pair)
+            elements, _ = self._block(hidden, pair)
             return blocks_per_token(
                 hidden,
                 labels,
@@ -250,23 +247,32 @@ class WeightedLosses:
     def _pair(
         self, losses: Sequence[LossSpec], hidden: Tensor, dense: Scorer | None, teacher: View
     ) -> Divergences | None:
-        """The walk over the blocks of both heads; None where it is not possible, or where two chunks of tokens do:
-        their gradients need no memory beside their own."""
+        """The walk over the blocks of both heads; None where it is not possible, or not worth it.
+
+        The gradients of two chunks of tokens are summed in no other memory than their own, and no score is computed
+        twice.
+        """
         divergences = [k for k in losses if isinstance(k, DivergenceLoss)]
         others = [k for k in losses if not isinstance(k, DivergenceLoss | SummaryLoss)]
         if not divergences or others or dense is None or teacher.dense is None:
             return None
-        theirs = hidden.detach() if teacher.hidden is None else teacher.hidden
-        size = hidden.element_size() + theirs.element_size()
-        if size * len(hidden) * self.vocab <= 2 * self.memory:
+        if len(hidden) <= 2 * self._dense_rows(hidden, teacher):
             return None
-        return Divergences(divergences, teacher.dense, theirs)
+        return Divergences(divergences, teacher.dense, teacher.states(hidden))
 
-    def _pair_elements(self, hidden: Tensor, pair: Divergences) -> tuple[int, int]:
-        """How many scores of either head a block has, and how many bytes of other blocks may be kept besides."""
+    def _block(self, hidden: Tensor, pair: Divergences | None) -> tuple[int, int]:
+        """How many scores of a head a block has, and how many bytes of blocks may be kept."""
+        most = 2**24 if hidden.device.type == "cpu" else 2**26
+        if pair is None:
+            return self._elements(hidden, most), self.memory
         size = hidden.element_size() + pair.hidden.element_size()
-        elements = min(self.memory // size, 2**23 if hidden.device.type == "cpu" else 2**25)
+        elements = min(self.memory // size, most // 2)
         return elements, self.memory - size * elements
+
+    def _dense_rows(self, hidden: Tensor, teacher: View | None) -> int:
+        """Of a chunk whose scores, and the teacher's, the memory holds."""
+        theirs = 0 if teacher is None else teacher.states(hidden).element_size()
+        return max(1, self.memory // (hidden.element_size() + theirs) // self.vocab)
 
     def _elements(self, hidden: Tensor, most: int | None = None) -> int:
         """How many logits the memory holds."""

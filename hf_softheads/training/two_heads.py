@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_softheads.losses.base import Divergence, DivergenceLoss, Probabilities
 from hf_softheads.training.token_chunks import Scorer, exp, exp_, widened
+
+
+class Normaliser(NamedTuple):
+    """`log Σ e^logit` as the largest logit and the rest, `(n, 1)` each: a large sum would be rounded."""
+
+    top: Tensor
+    rest: Tensor
 
 
 class Divergences:
@@ -27,7 +34,7 @@ class Divergences:
     def __init__(self, losses: Sequence[DivergenceLoss], teacher: Scorer, hidden: Tensor):
         self.losses, self.teacher, self.hidden = losses, teacher, hidden
         self._running = {t: _Running(hidden) for t in {k.temperature for k in losses}}
-        self._normalisers: dict[float, tuple[Tensor, Tensor]] = {}  # (n, 1): student's, teacher's
+        self._normalisers: dict[float, tuple[Normaliser, Normaliser]] = {}  # student's, teacher's
         self._sums: dict[DivergenceLoss, tuple[Tensor, ...]] = {}  # (n, 1) each
 
     @property
@@ -60,7 +67,7 @@ class Divergences:
             if loss.equals is None:
                 terms = loss.terms(*self._at(loss.temperature, rows, student, teacher))
                 if loss not in self._sums:
-                    zero = self._normalisers[loss.temperature][0].new_zeros(len(self.hidden), 1)
+                    zero = torch.zeros_like(self._normalisers[loss.temperature][0].top)
                     self._sums[loss] = tuple(zero.clone() for _ in terms)
                 for total, term in zip(self._sums[loss], terms, strict=True):
                     total[rows] += term.sum(-1, keepdim=True)
@@ -96,8 +103,8 @@ class Divergences:
     ) -> tuple[Probabilities, Probabilities]:
         """Of student and teacher."""
         student, teacher = (
-            _over(z, temperature) - normaliser[rows]
-            for z, normaliser in zip(logits, self._normalisers[temperature], strict=True)
+            (_over(z, temperature) - top[rows]).sub_(rest[rows])
+            for z, (top, rest) in zip(logits, self._normalisers[temperature], strict=True)
         )
         return Probabilities(student, exp(student)), Probabilities(teacher, exp(teacher))
 
@@ -130,9 +137,10 @@ class _Running:
             total[rows] = x + y
         self.top_a[rows], self.top_b[rows] = high_a, high_b
 
-    def normalisers(self) -> tuple[Tensor, Tensor]:
-        """`log Σ e^logit` of student and teacher."""
-        return self.top_a + self.sums[0].log(), self.top_b + self.sums[1].log()
+    def normalisers(self) -> tuple[Normaliser, Normaliser]:
+        """Of student and teacher."""
+        a, b = self.sums[:2]
+        return Normaliser(self.top_a, a.log()), Normaliser(self.top_b, b.log())
 
     def divergence(self, which: Divergence) -> Tensor:
         sum_a, sum_b, gap_a, gap_b = self.sums
