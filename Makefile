@@ -5,13 +5,19 @@ STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 DEMO ?=
 
-.PHONY: demo test slow mutants lint types docs bench clean
+# Other software that tests/clients runs on patched models; what does not install here is skipped there.
+CLIENTS := trl gguf bitsandbytes torchao lm-eval
+
+.PHONY: demo test clients slow mutants lint types docs bench clean
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN) -m hf_softheads demo $(DEMO)
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow and not gpu and not network"
+
+clients: $(VENV)/.clients
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -rs -n auto --maxprocesses 8 -m "not slow and not gpu and not network" tests/clients
 
 slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "slow"
@@ -36,6 +42,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,dev]"
 	@touch $(STAMP)
+
+$(VENV)/.clients: $(STAMP)
+	@for name in $(CLIENTS); do \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$$name]" \
+	    || echo "$$name could not be installed: its tests will be skipped"; \
+	done
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist demo_output runs .pytest_cache .mypy_cache .ruff_cache

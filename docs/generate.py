@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import attention_tables as attention
+import clients
 import head_tables as heads
 from sources import ROOT, results, where
 from stubs import stub_files
@@ -57,6 +58,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "confidence": (ROOT / "docs" / "heads.md", heads.confidence_table),
     "losses": (ROOT / "docs" / "losses.md", losses_table),
     "distillation": (ROOT / "docs" / "losses.md", distillation_table),
+    "clients": (ROOT / "docs" / "clients.md", clients.clients_table),
     "attention": (ROOT / "docs" / "variants.md", attention.attention_table),
     "training free": (ROOT / "docs" / "variants.md", attention.training_free_table),
     "attention speed": (ROOT / "docs" / "variants.md", attention.attention_speed_table),

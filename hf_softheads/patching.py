@@ -34,6 +34,7 @@ def patch(
     *,
     stats: HeadStats | None = None,
     kernels: KernelMode = "auto",
+    saving: bool = True,
     **others: Any,
 ) -> M:
     """Replace the LM head, the attention softmax, or both, in place; the new parts start from the trained weights.
@@ -50,6 +51,8 @@ def patch(
         stats: what `collect` found, for fits that use it.
         kernels: "auto" computes with C++ kernels where they apply, "off" never does, "require" refuses to patch where
             one is missing. It holds for this process: nothing of it is saved. `describe` says what runs.
+        saving: whether the patched model may be saved later. True refuses a body whose quantizer transformers cannot
+            save; False allows it.
         others: variants for further sites, by their slot.
 
     Returns:
@@ -64,7 +67,7 @@ def patch(
         raise ValueError(f"patch has no kernels={kernels!r}; {did_you_mean(str(kernels), modes)}")
     base = bridge.transformers_model(model)
     for name in others.keys() - {*sites.slots(), *sites.options()}:
-        valid = (*sites.slots(), *sites.options(), "stats", "kernels")
+        valid = (*sites.slots(), *sites.options(), "stats", "kernels", "saving")
         raise ValueError(f"patch has no argument {name!r}; {did_you_mean(name, valid)}")
     plan = SoftheadsConfig(head, attention, layers, stats=stats, **others).for_pretrained()
     if not plan.parts:
@@ -75,6 +78,13 @@ def patch(
             f"this model's {slot} is already patched with {getattr(present, slot)}; call hf_softheads.unpatch(model) "
             "first, or load the original model"
         )
+    quantizer = base.__dict__.get("hf_quantizer")
+    if quantizer is not None:
+        if saving:
+            _check_can_be_saved(base, quantizer)
+        plan.inner = (
+            quantizer.quantization_config.to_dict()
+        )  # the plan takes its place in config.json
     fitting = Fitting(stats, kernels)
     prepared = [(site, site.prepare(base, part, fitting)) for site, part in plan.by_site()]
     install(base, plan, prepared, present)
@@ -133,6 +143,22 @@ def unpatch(model: M) -> M:
     _put_back(base.__dict__.pop(_SETTINGS, []))
     bridge.restore_class(base)
     return model
+
+
+def _check_can_be_saved(model: PreTrainedModel, quantizer: Any) -> None:
+    """Raise ValueError if transformers would refuse to save a model with this quantizer."""
+    if quantizer.is_serializable():
+        return
+    config = quantizer.quantization_config
+    method = getattr(config.quant_method, "value", config.quant_method)
+    if hasattr(config, "dequantize"):
+        way_out = f"with quantization_config={type(config).__name__}(dequantize=True)"
+    else:
+        way_out = "without that quantizer"
+    raise ValueError(
+        f"the weights of this {type(model).__name__} are quantized with {method}, which transformers cannot save, so "
+        f"what a fit finds now would be lost; load it {way_out}, or give saving=False if it will not be saved"
+    )
 
 
 # -- settings of the model and its configs that a patch changes --------------------------------------------------------

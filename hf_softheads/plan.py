@@ -34,10 +34,13 @@ def mark(model: PreTrainedModel, plan: SoftheadsConfig) -> None:
 
 
 def unmark(model: PreTrainedModel) -> None:
-    """Take the plan and the marker out of the config."""
+    """Take the plan and the marker out of the config; a body that is quantized keeps its own plan."""
     fields = model.config.__dict__
     if isinstance(fields.get("quantization_config"), SoftheadsConfig):
         del fields["quantization_config"]
+        quantizer = model.__dict__.get("hf_quantizer")
+        if quantizer is not None:
+            fields["quantization_config"] = quantizer.quantization_config
     for marker in MARKERS:
         fields.pop(marker, None)
 
