@@ -5,7 +5,9 @@ STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 DEMO ?=
 
-.PHONY: demo test slow lint types docs bench clean
+LOWERED := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+
+.PHONY: demo test slow lowered no-compiler lint types docs bench clean
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN) -m hf_softheads demo $(DEMO)
@@ -15,6 +17,15 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "slow"
+
+# The test command as on other machines: a processor without AVX-512, with one thread and with two, and no C++ compiler.
+lowered: lowered-1 lowered-2 no-compiler
+
+lowered-%: $(STAMP)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$* $(LOWERED) $(RUN) -m pytest -m "not slow and not gpu and not network" --processor=avx2
+
+no-compiler: $(STAMP)
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "not slow and not gpu and not network" --no-compiler
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
