@@ -7,8 +7,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Mapping
-from types import MappingProxyType
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +16,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_softheads  # noqa: F401 - registers with transformers
-from hf_softheads import kernels
 
 VOCAB = 96
 SIZES = {
@@ -99,26 +98,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before tests are collected: some of them ask at import what there is."""
-    patches = pytest.MonkeyPatch()
-    config.add_cleanup(patches.undo)
-    if config.getoption("--no-compiler"):
-        patches.setenv("CXX", "no-such-compiler")  # the cache keeps what another CXX built apart
     if config.getoption("--processor") == "avx2":
-        _lower_to_avx2(patches)
-
-
-def _lower_to_avx2(patches: pytest.MonkeyPatch) -> None:
-    wrong = {k: os.environ.get(k) for k, v in LOWERED.items() if os.environ.get(k) != v}
-    if wrong:
-        needed = " ".join(f"{k}={v}" for k, v in LOWERED.items())
-        raise pytest.UsageError(
-            f"--processor=avx2 needs {needed} in the environment, found {wrong}; `make lowered` sets them"
-        )
-    known = torch.cpu.get_capabilities()
-    larger = ("avx512", "avx10", "amx", "avx_vnni", "avx_ne")
-    less: Mapping[str, Any] = MappingProxyType(
-        {name: False if name.startswith(larger) else value for name, value in known.items()}
-    )
-    patches.setattr(torch.cpu, "get_capabilities", lambda: less)
-    patches.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    patches.setitem(kernels.INSTRUCTIONS, "native", kernels.INSTRUCTIONS["avx2"])
+        wrong = {k: os.environ.get(k) for k, v in LOWERED.items() if os.environ.get(k) != v}
+        if wrong:
+            needed = " ".join(f"{k}={v}" for k, v in LOWERED.items())
+            raise pytest.UsageError(
+                f"--processor=avx2 needs {needed} in the environment, found {wrong}; `make lowered` sets them"
+            )
+        folder = Path(__file__).parent / "as_avx2"
+        runpy.run_path(str(folder / "sitecustomize.py"))
+        paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        os.environ["CXX"] = str(folder / "c++")
+    if config.getoption("--no-compiler"):
+        os.environ["CXX"] = "no-such-compiler"
