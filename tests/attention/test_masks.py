@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import hf_softheads as sh
-from hf_softheads.attention.base import AttentionSpec, attend
-from hf_softheads.attention.call import Geometry
+from hf_softheads.attention.base import AttentionSpec, attend, run
+from hf_softheads.attention.call import Geometry, Inputs
 from hf_softheads.bridge import attention_forward, visible
 from tests.conftest import make_model
 
@@ -107,15 +107,15 @@ def test_dropout_of_the_layer_is_applied_in_training_only(spec: AttentionSpec | 
     query, key, value = tensors()
     module = layer(spec)
 
-    def run() -> Tensor:
+    def output() -> Tensor:
         return attention_forward(module, query, key, value, None, dropout=0.5)[0]
 
     want = plain(query, key, value, torch.full((T, T), -torch.inf).triu(1))
-    torch.testing.assert_close(run(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output(), want, rtol=1e-5, atol=1e-5)
     module.train()
     torch.manual_seed(0)
-    first = run()
-    assert not torch.equal(first, run())
+    first = output()
+    assert not torch.equal(first, output())
     # the first query sees one key: its output is 0 or twice that key's value
     twice = 2 * value[:, :, 0].repeat_interleave(H // KV, 1)
     kept = (first[:, 0] != 0).any(-1)
@@ -123,21 +123,36 @@ def test_dropout_of_the_layer_is_applied_in_training_only(spec: AttentionSpec | 
     torch.testing.assert_close(first[:, 0], torch.where(kept.unsqueeze(-1), twice, 0))
 
 
+@pytest.mark.parametrize("left", [0, 2])
+def test_a_window_holds_the_latest_keys(left: int) -> None:
+    """By the plain definition in blocks of queries: own key included, padding on the left not counted."""
+    query, key, value = (x.double() for x in tensors())
+    keep = ~future().expand(B, 1, T, T)
+    keep = keep & (torch.arange(T) >= left)
+    row, column = torch.arange(T)[:, None], torch.arange(T)
+    near = keep & (row - column < 3)
+    want = plain(query, key, value, torch.zeros(near.shape).masked_fill(~near, -torch.inf))
+    for mask in [keep] if left else [keep, None]:
+        inputs = Inputs(query, key, value, mask, D**-0.5, window=3, compiled=False)
+        got = run(sa.Softmax(), {}, inputs).transpose(1, 2)
+        torch.testing.assert_close(got[:, left:], want[:, left:])
+
+
 @pytest.mark.parametrize("spec", [sa.Softmax(), sa.Softpick()], ids=lambda s: s.name)
 def test_a_soft_cap_has_its_gradient(spec: AttentionSpec) -> None:
     """In float64, which the blocks of queries compute."""
-    leaves = [x.double().requires_grad_() for x in tensors()]
+    leaves = [x[:1, :, :4].double().requires_grad_() for x in tensors()]
 
-    def run(*given: Tensor) -> Tensor:
+    def capped(*given: Tensor) -> Tensor:
         return attend(spec, *given, softcap=0.7)
 
-    assert torch.autograd.gradcheck(run, leaves, atol=1e-6)
+    assert torch.autograd.gradcheck(capped, leaves, atol=1e-6)
     if spec == sa.Softmax():
         query, key, value = (x.detach() for x in leaves)
         scores = query @ key.repeat_interleave(2, 1).mT * D**-0.5
-        scores = (0.7 * (scores / 0.7).tanh()).masked_fill(future(), -torch.inf)
+        scores = (0.7 * (scores / 0.7).tanh()).masked_fill(future()[:4, :4], -torch.inf)
         want = scores.softmax(-1) @ value.repeat_interleave(2, 1)
-        torch.testing.assert_close(run(query, key, value), want)
+        torch.testing.assert_close(capped(query, key, value), want)
 
 
 @pytest.mark.parametrize(
