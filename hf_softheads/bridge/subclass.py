@@ -90,7 +90,9 @@ def subclass_patched(model: PreTrainedModel) -> None:
             module.__class__ = _adopted(module.__class__, module is model)
     if "forward" in model.__dict__:
         model.forward = model.__dict__["forward"]  # given before the patch: see `answered`
-    guard_weight(model.get_output_embeddings())  # a checkpoint's parameters take the place of those that were built
+    guard_weight(
+        model.get_output_embeddings()
+    )  # a checkpoint's parameters take the place of those that were built
 
 
 def restore_class(model: PreTrainedModel) -> None:

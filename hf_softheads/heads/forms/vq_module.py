@@ -78,8 +78,9 @@ class VQHead(Head):
         if not (self._factorises and self._increases):
             return super().token_numbers(hidden, labels, temperature, moments)
         groups, mass = self.groups(), self.code_mass(temperature)
-        shift, own = self._shifts(temperature), self._derived(
-            "peak", self._peaks, self.codes, *self._biases
+        shift, own = (
+            self._shifts(temperature),
+            self._derived("peak", self._peaks, self.codes, *self._biases),
         )
         squares = self.code_mass(temperature / 2) if moments else mass
 
