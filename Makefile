@@ -56,7 +56,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(VENV)/.clients: $(STAMP)
 	@for name in $(CLIENTS); do \
-	  $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$$name]" \
+	  timeout 300 $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$$name]" \
 	    || echo "$$name could not be installed: its tests will be skipped"; \
 	done
 	@touch $@

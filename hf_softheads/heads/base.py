@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
@@ -141,14 +142,10 @@ class Head(nn.Module):
     ) -> TokenStatistics:
         """`log p(label)`, entropy and best token of `p = softmax(logits / temperature)`, each `(…)`.
 
-        Exactly 0 where `label == ignore_index`, which is not computed at all. Gradients flow through the
-        log-probability and the entropy.
+        Exactly 0 where `label == ignore_index`, which is not computed. Gradients flow through the first two.
         """
         check_temperature(temperature)
-
-        def numbers(h: Tensor, y: Tensor) -> Tensor:
-            return self.token_numbers(h, y, temperature, moments=False)
-
+        numbers = partial(self.token_numbers, temperature=temperature, moments=False)
         return as_statistics(labelled(numbers, hidden, labels, ignore_index))
 
     def token_numbers(

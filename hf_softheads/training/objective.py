@@ -21,6 +21,7 @@ from hf_softheads.bridge import (
     transformers_model,
     vocabulary,
 )
+from hf_softheads.heads.base import TokenStatistics
 from hf_softheads.losses.base import HiddenLoss, LossSpec
 from hf_softheads.losses.cross_entropy import CrossEntropy
 from hf_softheads.registry import spec_from_dict
@@ -29,6 +30,7 @@ from hf_softheads.training.fused_ce import backend as find_backend
 from hf_softheads.training.teacher import Teacher as Teacher
 from hf_softheads.training.teacher import TeacherSide, is_model
 from hf_softheads.training.token_chunks import widened
+from hf_softheads.training.token_statistics import token_statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -202,6 +204,13 @@ class Objective:
         return self._weighted.total(
             head, head.forward, hidden, labels, teacher, 1 / max(len(labels), 1)
         )
+
+    def token_statistics(
+        self, hidden: Tensor, labels: Tensor, temperature: float = 1.0
+    ) -> TokenStatistics:
+        """`log p(label)`, entropy and best token of the model's own distribution at hidden states `(…, D)`."""
+        head = output_head(self.model)
+        return token_statistics(head, hidden, labels, temperature, transform=self.transform)
 
     @property
     def parts(self) -> dict[str, Tensor]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 
-import hf_softheads.heads  # noqa: F401 - registers the variants
+import hf_softheads as sh
+from hf_softheads.bridge import SplitModel
 from hf_softheads.heads import VQ, Dense, Draft, Quantized, base
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.forms import streamed_rows, token_numbers
+from tests.conftest import VOCAB, make_model
 from tests.heads.conftest import Toy
 from tests.heads.test_contract import COMPOSED, NAMES, TRANSFORMS, _Largest, fitted, specs
 
@@ -164,3 +167,33 @@ def test_half_precision_hidden_states(toy: Toy) -> None:
     torch.testing.assert_close(
         found.log_prob, wanted["log_prob"], rtol=1e-3, atol=1e-3, check_dtype=False
     )
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("family", ["gemma2", "granite", "llama"])
+@pytest.mark.parametrize("kind", ["plain", "adapted", "patched"])
+def test_of_a_models_head_through_an_objective(family: str, kind: str) -> None:
+    model = make_model(family, tie_word_embeddings=False)
+    if kind == "patched":
+        sh.patch(model, head=VQ(24))
+    if kind == "adapted":
+        lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"])
+        model = get_peft_model(model, lora)
+        nn.init.normal_(model.base_model.model.lm_head.lora_B.default.weight, std=0.2)
+    ids = torch.randint(3, VOCAB, (2, 30), generator=torch.Generator().manual_seed(0))
+    labels = ids[:, 1:].clone()
+    labels[:, :3] = -100
+    kept = labels != -100
+    states = SplitModel(model.get_base_model() if kind == "adapted" else model)
+    hidden = states.hidden(input_ids=ids)[:, :-1].detach().requires_grad_()
+    found = sh.Objective(model, {"cross_entropy": 1.0}).token_statistics(hidden, labels, 0.8)
+    wanted = by_definition(model(input_ids=ids).logits[:, :-1], labels.clamp_min(0), 0.8)
+    for name in ("log_prob", "entropy", "argmax"):
+        value = wanted[name].masked_fill(~kept, 0)
+        torch.testing.assert_close(
+            getattr(found, name), value, rtol=1e-4, atol=2e-5, check_dtype=False
+        )
+    (found.log_prob - found.entropy).sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad[kept].abs().sum() > 0
+    assert hidden.grad[~kept].abs().sum() == 0
