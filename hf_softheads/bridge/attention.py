@@ -215,6 +215,8 @@ def modalities(model: Any) -> tuple[str, ...]:
 
 def _language_model(model: nn.Module) -> set[nn.Module] | None:
     """The modules of the language model inside a multi-modal one; None for a model of one kind of input."""
+    from transformers import PreTrainedModel
+
     if not isinstance(model, PreTrainedModel) or len(modalities(model)) < 2:
         return None
     return set(model.get_decoder().modules()) if model.get_output_embeddings() is not None else None
