@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import Head, HeadSpec, index_dtype
+from hf_softheads.bitpack import index_dtype
+from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.fit.blockwise import blocks, linear_log_mass, over_states, scores_of
 from hf_softheads.heads.fit.hessian import principal_directions
 from hf_softheads.heads.fit.kmeans import require_finite

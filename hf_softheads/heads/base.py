@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_softheads.heads.forms.fit_guard import checked
 from hf_softheads.heads.forms.logit_transform import LogitTransform as LogitTransform
+from hf_softheads.heads.forms.sampling import check_temperature, gumbel_max
 from hf_softheads.heads.forms.token_numbers import TokenStatistics as TokenStatistics
 from hf_softheads.heads.forms.token_numbers import as_statistics, labelled, of_logits
 from hf_softheads.registry import Spec
@@ -80,12 +81,10 @@ class Head(nn.Module):
     def __init__(self, dim: int, vocab: int):
         super().__init__()
         self.in_features, self.out_features = dim, vocab
-        self.transform: LogitTransform | None = (
-            LogitTransform()
-        )  # None: the family does something unknown
-        self.targets: Tensor | None = (
-            None  # set for one call by the model's forward, to train without logits
-        )
+        # None: the family does something unknown
+        self.transform: LogitTransform | None = LogitTransform()
+        # set for one call by the model's forward, to train without logits
+        self.targets: Tensor | None = None
         self.nll: Tensor | None = None
         self._tables: dict[str, tuple[object, tuple[Tensor, ...], object]] = {}
 
@@ -106,9 +105,8 @@ class Head(nn.Module):
             return self.scores(hidden)
         targets, self.targets = self.targets, None
         self.nll, self.counted = self.token_loss(hidden, targets), (targets != -100).sum()
-        return self.nll.unsqueeze(
-            -1
-        )  # stands in for the logits; the loss is built from this very tensor
+        # stands in for the logits; the loss is built from this very tensor
+        return self.nll.unsqueeze(-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits `(…, V)` in fp32: raw scores through the family's transform."""
@@ -345,24 +343,3 @@ class Head(nn.Module):
             else:
                 out = torch.cat([function(*part) for part in parts])
         return out.reshape((*shape, *out.shape[1:]))
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise ValueError unless `temperature > 0`."""
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature must be positive, got {temperature}; for the best token use topk(hidden, 1)"
-        )
-
-
-def gumbel_max(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One index per row, drawn from `softmax(logits)`, `(…)`."""
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits - noise.log_()).argmax(-1)
-
-
-def index_dtype(values: int) -> torch.dtype:
-    """The smallest integer type that holds `0 … values - 1`; int32 from 32,769 on."""
-    if values <= 2**8:
-        return torch.uint8
-    return torch.int16 if values <= 2**15 else torch.int32

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_softheads.heads.base import Head, HeadSpec, index_dtype
+from hf_softheads.bitpack import index_dtype
+from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.fit.blockwise import gumbel_choice, over_states, scores_of
 from hf_softheads.heads.fit.kmeans import kmeans, require_finite
 from hf_softheads.registry import Count, CountOrZero

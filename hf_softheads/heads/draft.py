@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import Head, HeadSpec, check_temperature, gumbel_max, index_dtype
+from hf_softheads.bitpack import index_dtype
+from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.heads.forms.sampling import check_temperature, gumbel_max
 from hf_softheads.heads.forms.token_numbers import of_logits
 from hf_softheads.registry import Count
 

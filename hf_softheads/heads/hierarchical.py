@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import Head, HeadSpec, gumbel_max, index_dtype
+from hf_softheads.bitpack import index_dtype
+from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.fit.blockwise import blocks, over_states, progress, scores_of
 from hf_softheads.heads.fit.hessian import metric_root
 from hf_softheads.heads.fit.kmeans import kmeans, require_finite, weighted_means
+from hf_softheads.heads.forms.sampling import gumbel_max
 from hf_softheads.heads.forms.wrapper import WrapperHead, WrapperSpec
 from hf_softheads.registry import Count, CountOrZero
 

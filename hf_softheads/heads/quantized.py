@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_softheads.bitpack import PARTS, pack_bits, unpack_bits
-from hf_softheads.heads.base import HeadSpec, index_dtype
+from hf_softheads.bitpack import PARTS, index_dtype, pack_bits, unpack_bits
+from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.fit.blockwise import blocks, progress
 from hf_softheads.heads.fit.gptq import nearest_code, round_through, round_with_feedback
 from hf_softheads.heads.fit.hessian import local_moments

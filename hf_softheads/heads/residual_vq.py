@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import HeadSpec, index_dtype
+from hf_softheads.bitpack import index_dtype
+from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.fit.additive_codes import refine_codes
 from hf_softheads.heads.fit.blockwise import blocks, progress
 from hf_softheads.heads.fit.hessian import local_moments, metric_root

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import Head, HeadSpec, index_dtype
+from hf_softheads.bitpack import index_dtype
+from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.fit.blockwise import best_scale, in_chunks, over_states
 from hf_softheads.heads.forms.wrapper import WrapperHead, WrapperSpec
 from hf_softheads.registry import Count

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_softheads.heads import base
-from hf_softheads.heads.base import Head, check_temperature
+from hf_softheads.heads.base import Head
+from hf_softheads.heads.forms.sampling import check_temperature
 from hf_softheads.heads.forms.token_numbers import over_blocks
 from hf_softheads.heads.forms.trainable_codes import Additive
 

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import Head, check_temperature, gumbel_max, index_dtype
+from hf_softheads.bitpack import index_dtype
+from hf_softheads.heads.base import Head
+from hf_softheads.heads.forms.sampling import check_temperature, gumbel_max
 
 
 class Groups(NamedTuple):
