@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IMPLEMENTATION = "hf_softheads"  # the attention implementation, also the marker in config.json
+_SOFTMAX, _SINKS = Softmax(), LearnedSink()  # of layers without a variant
 _OBSERVER = "softheads_observer"
 _SHOWN = "softheads_shown"
 
@@ -79,11 +80,7 @@ def attention_forward(
         shown = AttentionMap()
         inputs = inputs.replace(observe=shown)
     if variant is None:
-        out = (
-            run(Softmax(), {}, inputs)
-            if sinks is None
-            else run(LearnedSink(), {"sinks": sinks}, inputs)
-        )
+        out = run(_SOFTMAX, {}, inputs) if sinks is None else run(_SINKS, {"sinks": sinks}, inputs)
     else:
         probe = getattr(variant, "probe", None)
         if probe is not None:
