@@ -159,6 +159,10 @@ def loss_from_logits(model: Any, batches: list[dict[str, Tensor]]) -> float:
 # -- the fused head ------------------------------------------------------------
 
 
+@pytest.mark.client(
+    "trl",
+    works="the fused head (`add_fused_lm_head`) of every head: loss, log-probability, entropy as from logits",
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_fused_outputs_are_those_of_the_logits(name: str, patched: Any) -> None:
     model = patched(name)
@@ -194,6 +198,7 @@ def test_fused_outputs_are_those_of_the_logits(name: str, patched: Any) -> None:
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.client("trl", works="soft caps and scales of the family in the fused head")
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "gpt2"])
 def test_fused_head_knows_what_the_family_does_to_its_logits(family: str, tokens: Tensor) -> None:
     model = sh.patch(make_model(family), head=VQ(24))
@@ -204,6 +209,7 @@ def test_fused_head_knows_what_the_family_does_to_its_logits(family: str, tokens
     )
 
 
+@pytest.mark.client("trl", works="the router loss beside the fused head")
 def test_fused_head_adds_the_router_loss(tokens: Tensor) -> None:
     from transformers import AutoConfig
 
@@ -251,6 +257,9 @@ def test_unpatching_gives_trl_its_own_forward_back(dense: Any) -> None:
     assert found.item() == pytest.approx(dense(ids, labels=ids).loss.item(), rel=1e-4)
 
 
+@pytest.mark.client(
+    "trl", refused="settings of the fused head that TRL adds later", why="the loss would be another"
+)
 def test_refuses_a_setting_of_trl_that_it_does_not_know(patched: Any) -> None:
     model = patched(VQ(32))
     with pytest.raises(ValueError, match="has variance, which hf_softheads does not know"):
@@ -261,6 +270,7 @@ def test_refuses_a_setting_of_trl_that_it_does_not_know(patched: Any) -> None:
 # -- trainers ------------------------------------------------------------
 
 
+@pytest.mark.client("trl", works="`SFTTrainer` with every head, gradient accumulation")
 @pytest.mark.parametrize("name", NAMES)
 def test_sft_loss_is_that_of_the_logits(
     name: str, patched: Any, tokenizer: Any, tmp_path: Path
@@ -282,6 +292,7 @@ def test_sft_loss_is_that_of_the_logits(
     assert any(k.startswith("model.") for k in moved)
 
 
+@pytest.mark.client("trl", works="`DPOTrainer` with every head")
 @pytest.mark.parametrize("name", NAMES)
 def test_dpo_at_learning_rate_0_is_log_2(
     name: str, patched: Any, tokenizer: Any, tmp_path: Path
@@ -307,6 +318,7 @@ def test_dpo_at_learning_rate_0_is_log_2(
     assert log["logps/rejected"] == pytest.approx(float(each[2:].mean()), rel=1e-4)
 
 
+@pytest.mark.client("trl", works="`GRPOTrainer` with every head")
 @pytest.mark.parametrize("name", NAMES)
 def test_grpo_starts_without_kl(name: str, patched: Any, tokenizer: Any, tmp_path: Path) -> None:
     """The reference model is the folder that the policy was loaded from."""
@@ -335,6 +347,7 @@ def test_grpo_starts_without_kl(name: str, patched: Any, tokenizer: Any, tmp_pat
     assert log["entropy"] > 0
 
 
+@pytest.mark.client("trl", works="packing")
 @pytest.mark.parametrize("spec", [VQ(32), Quantized(4)], ids=str)
 def test_packing(spec: HeadSpec, patched: Any, tokenizer: Any, tmp_path: Path) -> None:
     model = patched(spec)
@@ -349,6 +362,7 @@ def test_packing(spec: HeadSpec, patched: Any, tokenizer: Any, tmp_path: Path) -
     assert log_of(trainer)["loss"] == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.client("trl", works="PEFT adapters on the body")
 @pytest.mark.parametrize("spec", [VQ(32), Quantized(4), Dense()], ids=str)
 def test_an_adapter_on_top(spec: HeadSpec, patched: Any, tokenizer: Any, tmp_path: Path) -> None:
     """DPO takes the model without its adapter as reference; the head stays as it is."""
