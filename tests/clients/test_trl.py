@@ -455,6 +455,11 @@ def test_head_in_fp32(patched: Any, tokenizer: Any, tmp_path: Path) -> None:
     log_of(trainer)
 
 
+@pytest.mark.client(
+    "trl",
+    refused="`DistillationTrainer`",
+    why="it multiplies by both heads' matrices; `Objective(teacher=…)` distils without",
+)
 def test_distillation_trainer_refuses_by_name(
     dense: Any, patched: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
