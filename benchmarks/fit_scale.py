@@ -33,6 +33,7 @@ from hf_softheads import heads
 from hf_softheads.files import write_json
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.stats import HeadStats
+from hf_softheads.losses.base import kl_divergence
 from hf_softheads.registry import variants
 from hf_softheads.report.provenance import provenance
 
@@ -136,7 +137,7 @@ def measure(name: str, seed: int) -> dict[str, Any]:
     with torch.no_grad():
         dense = (judges @ weight.float().T).log_softmax(-1)
         found = torch.cat([head(h).float().log_softmax(-1) for h in judges.split(16)])
-    kl = float((dense.exp() * (dense - found)).sum(-1).mean())
+    kl = float(kl_divergence(dense, found).mean())
     return {
         "spec": spec_of(name).to_dict(),
         "seconds": seconds,

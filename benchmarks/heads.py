@@ -41,6 +41,8 @@ from hf_softheads.heads import (
     Screened,
     TransformCoded,
 )
+from hf_softheads.losses.base import kl_divergence
+from hf_softheads.measure.sizes import stored_bytes
 from hf_softheads.report.provenance import provenance
 from hf_softheads.text.stdlib_corpus import stdlib_documents
 from hf_softheads.text.windows import windows
@@ -133,7 +135,7 @@ class Judge:
             mine = head.logits(h).log_softmax(-1)
             loss -= float(mine.gather(1, y[:, None]).sum())
             gain -= float(dense.gather(1, y[:, None]).sum())
-            kl += float((dense.exp() * (dense - mine)).sum())
+            kl += float(kl_divergence(dense, mine).sum())
             agreement += float((dense.argmax(-1) == mine.argmax(-1)).sum())
         count = len(self.labels)
         return {
@@ -154,10 +156,7 @@ def stored_as_bf16(head: Any) -> Any:
 
 
 def sizes(head: Any, weights: int) -> dict[str, float]:
-    stored = 0
-    for name, tensor in head.state_dict().items():
-        half = tensor.is_floating_point() and name not in head.keep_in_fp32
-        stored += tensor.numel() * (2 if half else tensor.element_size())
+    stored = stored_bytes(head)
     read = copy.deepcopy(head).bfloat16().bytes_read
     return {
         "bits": 8 * stored / weights,

@@ -1,6 +1,7 @@
 """Time and memory of a training loss over a huge vocabulary, forward and backward.
 
     python benchmarks/losses.py    # some minutes on two cores; writes benchmarks/results/losses.json and losses.png
+    python benchmarks/losses.py --only statistics    # the rows whose names contain it, beside those of the last run
 
 Every method runs in a process of its own, once a round, in shuffled order; times are ratios to whole logits within a
 round, memory is the growth of the process' peak (Linux). `cut_cross_entropy` is measured where it can be imported.
@@ -33,10 +34,12 @@ from hf_softheads.files import write_json
 from hf_softheads.heads import VQ
 from hf_softheads.report.provenance import provenance
 from hf_softheads.report.tables import Table
+from hf_softheads.training.token_statistics import token_statistics
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS, VOCAB, DIM = 2048, 128_256, 1024
 WHOLE = "whole logits (transformers)"
+WHOLE_STATISTICS = "whole logits: token statistics"
 LEAN = 2**25  # bytes of logits
 
 
@@ -66,6 +69,7 @@ def bare_model(weight: nn.Parameter) -> LlamaForCausalLM:
 
 
 Loss = Callable[[], Tensor]
+Prepare = Callable[[Tensor, Tensor, Tensor], Loss]
 
 
 def whole(h: Tensor, w: Tensor, y: Tensor) -> Loss:
@@ -114,11 +118,7 @@ def objective(loss: str, memory: int = 2**29) -> Callable[[Tensor, Tensor, Tenso
 
 def vq(part: int) -> Callable[[Tensor, Tensor, Tensor], Loss]:
     def prepare(h: Tensor, w: Tensor, y: Tensor) -> Loss:
-        codes = len(w) // part
-        head = VQ(codes=codes).module(w.shape[1], len(w)).to(w.dtype)
-        with torch.no_grad():
-            head.weight.copy_(w[:codes])
-            head.codes.copy_(torch.arange(len(w)) % codes)
+        head = vq_head(part)(w)
         model = bare_model(w)
         model.set_output_embeddings(head)
         goal = sh.Objective(model, {"cross_entropy": 1.0})
@@ -127,7 +127,47 @@ def vq(part: int) -> Callable[[Tensor, Tensor, Tensor], Loss]:
     return prepare
 
 
-METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Loss]] = {
+def whole_statistics(h: Tensor, w: Tensor, y: Tensor) -> Loss:
+    """Log-probability and entropy, as trainers that reward entropy take them."""
+
+    def loss() -> Tensor:
+        log_p = (h @ w.T).float().log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return -(log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1) + 0.01 * entropy).mean()
+
+    return loss
+
+
+def statistics_of(head_of: Callable[[Tensor], nn.Module]) -> Prepare:
+    def prepare(h: Tensor, w: Tensor, y: Tensor) -> Loss:
+        head = head_of(w)
+
+        def loss() -> Tensor:
+            found = token_statistics(head, h, y)
+            return -(found.log_prob + 0.01 * found.entropy).mean()
+
+        return loss
+
+    return prepare
+
+
+def linear_head(w: Tensor) -> nn.Module:
+    return bare_model(w).lm_head  # type: ignore[arg-type, no-any-return]
+
+
+def vq_head(part: int) -> Callable[[Tensor], nn.Module]:
+    def build(w: Tensor) -> nn.Module:
+        codes = len(w) // part
+        head = VQ(codes=codes).module(w.shape[1], len(w)).to(w.dtype)
+        with torch.no_grad():
+            head.weight.copy_(w[:codes])
+            head.codes.copy_(torch.arange(len(w)) % codes)
+        return head
+
+    return build
+
+
+METHODS: dict[str, Prepare] = {
     WHOLE: whole,
     "F.linear_cross_entropy": torch_plain,
     "F.linear_cross_entropy, chunked": torch_chunked,
@@ -139,9 +179,17 @@ METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Loss]] = {
     "Objective: spherical z-loss, Gram matrix": objective("spherical_z"),
     "Objective: VQ head, C = V/16": vq(16),
     "Objective: VQ head, C = V/100": vq(100),
+    WHOLE_STATISTICS: whole_statistics,
+    "token statistics: dense head": statistics_of(linear_head),
+    "token statistics: VQ head, C = V/16": statistics_of(vq_head(16)),
+    "token statistics: VQ head, C = V/100": statistics_of(vq_head(100)),
 }
 ONCE = {"F.linear_cross_entropy, chunked"}  # minutes on a CPU
-DENSE = [name for name in METHODS if not any(other in name for other in ("z-loss", "VQ", "KL"))]
+DENSE = [
+    name
+    for name in METHODS
+    if not any(other in name for other in ("z-loss", "VQ", "KL", "statistics"))
+]
 
 
 def measure(name: str) -> dict[str, float]:
@@ -217,9 +265,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=2)
-    rounds = parser.parse_args().rounds
-    order = random.Random(0)
-    names = [name for name in METHODS if available(name)]
+    parser.add_argument("--only", default="", help="measure the rows whose names contain this")
+    given = parser.parse_args()
+    rounds, order = given.rounds, random.Random(0)
+    names = [name for name in METHODS if available(name) and (given.only in name or name == WHOLE)]
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(rounds):
         here = [name for name in names if number == 0 or name not in ONCE]
@@ -243,6 +292,16 @@ def main() -> None:
         }
         if name in DENSE:
             rows[name]["gradient_error"] = child(name, "--error")
+    if given.only:  # the others stay as they were measured, on the machine of their own run
+        before = json.loads((RESULTS / "losses.json").read_text())
+        added = {
+            name: {**row, "provenance": provenance(0)}
+            for name, row in rows.items()
+            if name != WHOLE
+        }
+        before["rows"].update(added)
+        write_json(RESULTS / "losses.json", before)
+        return
     settings = {"tokens": TOKENS, "vocab": VOCAB, "dim": DIM, "dtype": "bfloat16", "threads": 2}
     results = {"settings": settings, "baseline": WHOLE, "rows": rows, "provenance": provenance(0)}
     write_json(RESULTS / "losses.json", results)

@@ -1,4 +1,5 @@
-"""Write the tables of README and docs from the results files: `python docs/generate.py`; `--check` only compares."""
+"""Write the tables of README and docs from the results files, and the type stubs: `python docs/generate.py`; `--check`
+only compares."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import attention_tables as attention
+import clients
 import head_tables as heads
 from sources import ROOT, results, where
+from stubs import stub_files
 
 import hf_softheads  # noqa: F401 - registers every variant
 from hf_softheads.report.tables import Table, human_bytes
@@ -55,6 +58,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "confidence": (ROOT / "docs" / "heads.md", heads.confidence_table),
     "losses": (ROOT / "docs" / "losses.md", losses_table),
     "distillation": (ROOT / "docs" / "losses.md", distillation_table),
+    "clients": (ROOT / "docs" / "clients.md", clients.clients_table),
     "attention": (ROOT / "docs" / "variants.md", attention.attention_table),
     "training free": (ROOT / "docs" / "variants.md", attention.training_free_table),
     "attention speed": (ROOT / "docs" / "variants.md", attention.attention_speed_table),
@@ -74,6 +78,11 @@ def main() -> int:
         fresh = f"{head}{begin}{make()}\n{end}{tail}"
         if fresh != text:
             stale.append(f"{file.relative_to(ROOT)}: {name}")
+            if not check:
+                file.write_text(fresh)
+    for file, fresh in stub_files().items():
+        if not file.exists() or file.read_text() != fresh:
+            stale.append(str(file.relative_to(ROOT)))
             if not check:
                 file.write_text(fresh)
     if check and stale:

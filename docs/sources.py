@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hf_softheads.report.cards import REPOSITORY
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -16,7 +18,8 @@ def results(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def where(found: Any, up: str = "") -> str:
+def where(found: Any, up: str = f"{REPOSITORY}/tree/main/") -> str:
+    """Where figures are from; README is shown on package indexes too, so its link is a whole one."""
     origin = found["provenance"]
     machine, versions = origin["machine"], origin["versions"]
     return (

@@ -17,7 +17,8 @@ from hf_softheads.patching import patch, unpatch
 from hf_softheads.report.describe import describe
 from hf_softheads.text import embedded
 from hf_softheads.training.distill_head import repair_head
-from hf_softheads.training.objective import Objective, trainer_loss
+from hf_softheads.training.objective import Objective
+from hf_softheads.training.trainer_loss import trainer_loss
 
 __version__ = "0.1.0"
 

@@ -1,3 +1,4 @@
 from hf_softheads.cli import main
 
-raise SystemExit(main())
+if __name__ == "__main__":  # not in processes that multiprocessing spawns
+    raise SystemExit(main())

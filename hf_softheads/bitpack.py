@@ -46,3 +46,10 @@ def unpack_bits(packed: list[Tensor], bits: int, count: int) -> Tensor:
     for part, width in zip(packed, PARTS[bits], strict=True):
         values = (values << width) | unpack(part, width, count)
     return values
+
+
+def index_dtype(values: int) -> torch.dtype:
+    """The smallest integer type that holds `0 … values - 1`; int32 from 32,769 on."""
+    if values <= 2**8:
+        return torch.uint8
+    return torch.int16 if values <= 2**15 else torch.int32

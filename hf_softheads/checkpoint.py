@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantizer
 
 from hf_softheads import bridge, patching
 from hf_softheads.config import METHOD, SoftheadsConfig
 from hf_softheads.plan import MARKERS, mark
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @register_quantizer(METHOD)
@@ -142,6 +144,8 @@ def _keep_in_fp32(model: Any, names: set[str]) -> None:
 
 
 def _remove_quantized_marks(model: PreTrainedModel) -> None:
+    from transformers import PreTrainedModel
+
     model.is_quantized = False
     for name in ("hf_quantizer", "quantization_method"):
         model.__dict__.pop(name, None)

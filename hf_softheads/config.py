@@ -75,6 +75,16 @@ class SoftheadsConfig(QuantizationConfigMixin):
             setattr(self, slot, part and part.value)
         self._set_options(given)
 
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The plan in a folder's `config.json`. Raises ValueError."""
+        if not any(config_dict.get(slot) for slot in sites.slots()):
+            raise ValueError(
+                f"this model's plan names none of {', '.join(sites.slots())}; its config.json is damaged, save or "
+                "download it again"
+            )
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
     def _set_options(self, given: Mapping[str, Any]) -> None:
         for site in sites.SITES:
             part = self.parts.get(site.slot)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_softheads.export import export
-from hf_softheads.files import write_json
+from hf_softheads.files import check_output, write_json
 from hf_softheads.heads.base import Head
 from hf_softheads.heads.forms.vq_module import VQHead
 from hf_softheads.heads.transform_coded import TransformCoded
@@ -28,7 +28,7 @@ from hf_softheads.patching import patch
 from hf_softheads.plan import dense_head
 from hf_softheads.report.cards import stage_table
 from hf_softheads.report.describe import describe
-from hf_softheads.report.plots import plot_stages
+from hf_softheads.report.plots import plot_stages, pyplot
 from hf_softheads.report.provenance import provenance, quiet_unless_terminal
 from hf_softheads.text.embedded import load_embedded
 from hf_softheads.text.stdlib_corpus import stdlib_documents
@@ -66,6 +66,8 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     """
     began = time.perf_counter()
     quiet_unless_terminal()
+    pyplot()  # now, if it is not installed
+    check_output(output, filled=True)
     torch.manual_seed(seed)
     model, tokenizer = load_embedded()
     window = model.config.max_position_embeddings
@@ -143,9 +145,13 @@ def _sizes_of(model: Any) -> dict[str, Any]:
 
 def _reload(model: Any, tokenizer: Any, folder: Path, output: Path) -> tuple[bool, str]:
     out = output / "reloaded.safetensors"
-    subprocess.run([sys.executable, "-c", _RELOAD, str(folder), PROMPT, str(out)], check=True)
-    found = load_file(out)
-    out.unlink()
+    command = [sys.executable, "-c", _RELOAD, str(folder), PROMPT, str(out)]
+    try:
+        # in a session of its own: Ctrl-C is for this process, which ends that one
+        subprocess.run(command, check=True, start_new_session=True)
+        found = load_file(out)
+    finally:
+        out.unlink(missing_ok=True)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     model.eval()
     with torch.no_grad():

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_softheads.files import new_folder, write_json
+from hf_softheads.files import check_output, new_folder, write_json
 from hf_softheads.measure.sizes import head_sizes
 from hf_softheads.report import cards
-from hf_softheads.report.tables import human_bytes
 from hf_softheads.sites.lm_head import head_of
 
 
@@ -30,12 +28,8 @@ def export(
     """
     folder = Path(folder)
     needed = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    check_output(folder, needed)
     with new_folder(folder) as fresh:
-        free = shutil.disk_usage(fresh).free
-        if free < needed * 1.02:
-            raise OSError(
-                f"{folder} needs {human_bytes(needed)}, only {human_bytes(free)} are free"
-            )
         model.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)

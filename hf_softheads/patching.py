@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_softheads import bridge, sites
 from hf_softheads.config import SoftheadsConfig
@@ -16,6 +15,8 @@ from hf_softheads.registry import Spec, did_you_mean
 from hf_softheads.sites.base import Fitting, KernelMode, Site
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hf_softheads.heads.stats import HeadStats
 
 M = TypeVar("M", bound=nn.Module)
@@ -33,6 +34,7 @@ def patch(
     *,
     stats: HeadStats | None = None,
     kernels: KernelMode = "auto",
+    saving: bool = True,
     **others: Any,
 ) -> M:
     """Replace the LM head, the attention softmax, or both, in place; the new parts start from the trained weights.
@@ -43,11 +45,14 @@ def patch(
     Args:
         model: a transformers model (or a PEFT model around one), with its weights loaded.
         head: a head variant such as `heads.VQ(codes=4096)`; for a sequence classifier `classifiers.SoftPool()`.
-        attention: an attention variant such as `attention.SSMax()`, or `{layer: variant}`.
+        attention: an attention variant such as `attention.SSMax()`, or `{layer: variant}`. In a model that reads images
+            too only the language model has layers here; its towers stay as they are.
         layers: the layers that get `attention`; default all.
         stats: what `collect` found, for fits that use it.
         kernels: "auto" computes with C++ kernels where they apply, "off" never does, "require" refuses to patch where
             one is missing. It holds for this process: nothing of it is saved. `describe` says what runs.
+        saving: whether the patched model may be saved later. True refuses a body whose quantizer transformers cannot
+            save; False allows it.
         others: variants for further sites, by their slot.
 
     Returns:
@@ -62,7 +67,7 @@ def patch(
         raise ValueError(f"patch has no kernels={kernels!r}; {did_you_mean(str(kernels), modes)}")
     base = bridge.transformers_model(model)
     for name in others.keys() - {*sites.slots(), *sites.options()}:
-        valid = (*sites.slots(), *sites.options(), "stats", "kernels")
+        valid = (*sites.slots(), *sites.options(), "stats", "kernels", "saving")
         raise ValueError(f"patch has no argument {name!r}; {did_you_mean(name, valid)}")
     plan = SoftheadsConfig(head, attention, layers, stats=stats, **others).for_pretrained()
     if not plan.parts:
@@ -73,6 +78,13 @@ def patch(
             f"this model's {slot} is already patched with {getattr(present, slot)}; call hf_softheads.unpatch(model) "
             "first, or load the original model"
         )
+    quantizer = base.__dict__.get("hf_quantizer")
+    if quantizer is not None:
+        if saving:
+            _check_can_be_saved(base, quantizer)
+        plan.inner = (
+            quantizer.quantization_config.to_dict()
+        )  # the plan takes its place in config.json
     fitting = Fitting(stats, kernels)
     prepared = [(site, site.prepare(base, part, fitting)) for site, part in plan.by_site()]
     install(base, plan, prepared, present)
@@ -133,6 +145,22 @@ def unpatch(model: M) -> M:
     return model
 
 
+def _check_can_be_saved(model: PreTrainedModel, quantizer: Any) -> None:
+    """Raise ValueError if transformers would refuse to save a model with this quantizer."""
+    if quantizer.is_serializable():
+        return
+    config = quantizer.quantization_config
+    method = getattr(config.quant_method, "value", config.quant_method)
+    if hasattr(config, "dequantize"):
+        way_out = f"with quantization_config={type(config).__name__}(dequantize=True)"
+    else:
+        way_out = "without that quantizer"
+    raise ValueError(
+        f"the weights of this {type(model).__name__} are quantized with {method}, which transformers cannot save, so "
+        f"what a fit finds now would be lost; load it {way_out}, or give saving=False if it will not be saved"
+    )
+
+
 # -- settings of the model and its configs that a patch changes --------------------------------------------------------
 
 _Setting = tuple[dict[str, Any], str, Any]  # the dictionary that holds it, its name, its old value
@@ -140,6 +168,8 @@ _Setting = tuple[dict[str, Any], str, Any]  # the dictionary that holds it, its 
 
 def _settings(model: PreTrainedModel) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The attributes of the model and of every config in it, and a copy of them."""
+    from transformers import PreTrainedModel
+
     owners = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     owners.append(model.config.get_text_config())
     holders = {id(owner): owner.__dict__ for owner in owners}

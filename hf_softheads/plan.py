@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_softheads import bridge
 from hf_softheads.config import SoftheadsConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Keys of config.json that make a transformers without this package refuse the folder, by name, instead of loading a
 # wrong model: recent versions read the first, older ones the second.
@@ -32,10 +34,13 @@ def mark(model: PreTrainedModel, plan: SoftheadsConfig) -> None:
 
 
 def unmark(model: PreTrainedModel) -> None:
-    """Take the plan and the marker out of the config."""
+    """Take the plan and the marker out of the config; a body that is quantized keeps its own plan."""
     fields = model.config.__dict__
     if isinstance(fields.get("quantization_config"), SoftheadsConfig):
         del fields["quantization_config"]
+        quantizer = model.__dict__.get("hf_quantizer")
+        if quantizer is not None:
+            fields["quantization_config"] = quantizer.quantization_config
     for marker in MARKERS:
         fields.pop(marker, None)
 

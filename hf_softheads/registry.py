@@ -8,15 +8,57 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import json
+import math
+import numbers
 import pkgutil
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, ClassVar
 
-S = TypeVar("S", bound="Spec")
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What a field's number may be: `rate: Annotated[float, Bounds(above=0, at_most=1)] = 0.1`."""
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    hint: str = ""  # what to use instead of what lies outside
+
+    def hold(self, value: float) -> bool:
+        return not (
+            (self.above is not None and value <= self.above)
+            or (self.at_least is not None and value < self.at_least)
+            or (self.below is not None and value >= self.below)
+            or (self.at_most is not None and value > self.at_most)
+        )
+
+    def __str__(self) -> str:
+        if self.at_least is not None and self.at_most is not None:
+            text = f"from {self.at_least} to {self.at_most}"
+        elif self.above is not None and self.below is not None:
+            text = f"between {self.above} and {self.below}, both excluded"
+        else:
+            positive = "positive" if self.above == 0 else f"greater than {self.above}"
+            said = {
+                positive: self.above,
+                f"at least {self.at_least}": self.at_least,
+                f"less than {self.below}": self.below,
+                f"at most {self.at_most}": self.at_most,
+            }
+            text = " and ".join(words for words, bound in said.items() if bound is not None)
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+Positive = Annotated[float, Bounds(above=0)]
+NotNegative = Annotated[float, Bounds(at_least=0)]
+Count = Annotated[int, Bounds(at_least=1)]
+CountOrZero = Annotated[int, Bounds(at_least=0)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +69,26 @@ class Spec:
         @dataclass(frozen=True)
         class VQ(HeadSpec, name="vq"): ...      # in a file called vq.py
 
+    Whoever makes one, Python, JSON or the command line, its fields are checked: types by their annotations (JSON lists
+    become tuples, integers floats, dictionaries specs), floats are finite, numbers within the annotation's `Bounds`.
+    A variant's own `__post_init__` checks what fields mean together; it finds them checked one by one.
+
     Raises:
-        ValueError: the name is taken, or is not the stem of the file that defines the class.
+        ValueError: a field of the wrong type or out of its bounds. At its definition: the name is taken, or is not the
+            stem of the file that defines the class.
     """
 
     kind: ClassVar[str] = ""
     name: ClassVar[str] = ""
     _registered: ClassVar[dict[str, dict[str, type[Spec]]]] = {}
 
+    def __post_init__(self) -> None:
+        self._check_fields()
+
     def __init_subclass__(cls, *, kind: str | None = None, name: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
+        if "__post_init__" in cls.__dict__:
+            cls.__post_init__ = _after_fields(cls.__post_init__)  # type: ignore[method-assign, assignment]
         if kind is not None:
             cls.kind = kind
             Spec._registered.setdefault(kind, {})
@@ -55,6 +107,17 @@ class Spec:
             )
         cls.name = name
         Spec._registered[cls.kind][name] = cls
+
+    def _check_fields(self) -> None:
+        hints = _hints(type(self))  # type: ignore[arg-type]  # mypy takes a dataclass for unhashable
+        for field in dataclasses.fields(self):
+            given, where = (
+                getattr(self, field.name),
+                f"{self.name or type(self).__name__}.{field.name}",
+            )
+            checked = _checked(given, hints[field.name], where)
+            if checked is not given:
+                object.__setattr__(self, field.name, checked)
 
     def to_dict(self) -> dict[str, Any]:
         """`{"name": …, field: value, …}`, ready for JSON; nested specs become dictionaries too."""
@@ -77,12 +140,18 @@ def kinds() -> tuple[str, ...]:
     return tuple(Spec._registered)
 
 
-def spec_from_dict(kind: str, data: Mapping[str, Any] | str | Spec) -> Any:
+def spec_from_dict(kind: str, data: Any) -> Any:
     """The spec that `data` describes: `{"name": "vq", "codes": 512}`, or just `"vq"`, or a spec (returned as it is).
 
     Raises:
-        ValueError: no or unknown name, an unknown field, a missing field or one of the wrong type.
+        ValueError: no or unknown name, an unknown field, a missing field or one with a value that it cannot have, or
+            the class of a variant instead of an instance.
     """
+    if isinstance(data, type) and issubclass(data, Spec):
+        raise ValueError(
+            f"{_a(kind)} variant is given as an instance, got the class {data.__name__}; give an instance: "
+            f"{data.__name__}({', '.join(f'{name}=…' for name in _required(data))})"
+        )
     if isinstance(data, Spec):
         if data.kind != kind:
             raise ValueError(
@@ -98,22 +167,15 @@ def spec_from_dict(kind: str, data: Mapping[str, Any] | str | Spec) -> Any:
     if name not in known:
         raise ValueError(f"unknown {kind} variant {name!r}; {did_you_mean(name, known)}")
     cls = known[name]
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in data.items():
-        if key == "name":
-            continue
+    fields = [f.name for f in dataclasses.fields(cls)]
+    values = {key: value for key, value in data.items() if key != "name"}
+    for key in values:
         if key not in fields:
             raise ValueError(
                 f"{kind} variant {name!r} has no field {key!r}; {did_you_mean(key, fields)}"
             )
-        values[key] = _coerce(value, hints[key], kind, f"{name}.{key}")
-    for key, field in fields.items():
-        required = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
-        if required and key not in values:
+    for key in _required(cls):
+        if key not in values:
             raise ValueError(f"{kind} variant {name!r} needs a value for {key!r}")
     return cls(**values)
 
@@ -166,37 +228,88 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _coerce(value: Any, hint: Any, kind: str, where: str) -> Any:
+def _required(cls: type[Spec]) -> list[str]:
+    missing = dataclasses.MISSING
+    return [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is missing and f.default_factory is missing
+    ]
+
+
+# -- checking fields ---------------------------------------------------------------------------------------------------
+
+
+class _WrongType(ValueError):
+    """A value that is not of the annotated type; of a union, another option may take it."""
+
+
+def _after_fields(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A variant's own `__post_init__`, after the check of every field by itself."""
+
+    @functools.wraps(check)
+    def __post_init__(self: Any) -> None:
+        self._check_fields()
+        check(self)
+
+    return __post_init__
+
+
+@functools.cache
+def _hints(cls: type[Spec]) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
     """`value` as the annotated type: JSON lists become tuples, integers floats, dictionaries specs."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        found = _checked(value, arguments[0], where)
+        for bounds in arguments[1:]:
+            if isinstance(bounds, Bounds) and not bounds.hold(found):
+                raise ValueError(f"{where} must be {bounds}, got {value!r}")
+        return found
     if origin in (typing.Union, types.UnionType):
         for option in arguments:
             try:
-                return _coerce(value, option, kind, where)
-            except TypeError:
+                return _checked(value, option, where)
+            except _WrongType:
                 continue
     elif origin is typing.Literal:
-        if value in arguments:
-            return value
+        for option in arguments:
+            if type(option) is type(value) and option == value:
+                return value
         raise ValueError(f"{where} must be one of {', '.join(map(repr, arguments))}, got {value!r}")
     elif origin is tuple and isinstance(value, list | tuple):
         inner = arguments[0] if arguments else Any
-        return tuple(_coerce(v, inner, kind, where) for v in value)
+        return tuple(_checked(v, inner, f"{where}[{i}]") for i, v in enumerate(value))
     elif hint is Any or (hint is type(None) and value is None):
         return value
     elif isinstance(hint, type) and issubclass(hint, Spec):
-        if isinstance(value, Spec | Mapping | str):
+        if isinstance(value, Spec | Mapping | str | type):
             return spec_from_dict(hint.kind, value)
-    elif hint is bool:
-        if isinstance(value, bool):
+    elif hint is bool or isinstance(value, bool):
+        if hint is bool and isinstance(value, bool):
             return value
     elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    elif isinstance(hint, type) and isinstance(value, hint) and not isinstance(value, bool):
+        if isinstance(value, numbers.Real):
+            if not math.isfinite(value):
+                raise ValueError(f"{where} must be finite, got {value!r}")
+            return value if isinstance(value, float) else float(value)
+    elif hint is int:
+        if isinstance(value, numbers.Integral):
+            return int(value)
+    elif isinstance(hint, type) and isinstance(value, hint):
         return value
-    raise TypeError(f"{where} must be {_type_name(hint)}, got {value!r}")
+    raise _WrongType(f"{where} must be {_type_name(hint)}, got {value!r}")
 
 
 def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("NoneType", "None")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(_type_name, arguments))
+    if hint is type(None):
+        return "None"
+    return hint.__name__ if isinstance(hint, type) and not arguments else str(hint)

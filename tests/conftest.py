@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, and a tokenizer, made in code: nothing is downloaded."""
+"""Tiny random models of every supported family, made in code, and options that play another machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,3 +74,41 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+# -- options that play another machine -------------------------------------------------------------------------------
+
+LOWERED = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+"""What torch and its libraries read when they start, too early for a test to set: `make lowered` sets it."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--processor",
+        choices=["native", "avx2"],
+        default="native",
+        help="avx2: as on a processor without AVX-512, integer products and bf16 products",
+    )
+    parser.addoption("--no-compiler", action="store_true", help="as without a C++ compiler")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before tests are collected: some of them ask at import what there is."""
+    if config.getoption("--processor") == "avx2":
+        wrong = {k: os.environ.get(k) for k, v in LOWERED.items() if os.environ.get(k) != v}
+        if wrong:
+            needed = " ".join(f"{k}={v}" for k, v in LOWERED.items())
+            raise pytest.UsageError(
+                f"--processor=avx2 needs {needed} in the environment, found {wrong}; `make lowered` sets them"
+            )
+        folder = Path(__file__).parent / "as_avx2"
+        runpy.run_path(str(folder / "sitecustomize.py"))
+        paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        os.environ["CXX"] = str(folder / "c++")
+    if config.getoption("--no-compiler"):
+        os.environ["CXX"] = "no-such-compiler"

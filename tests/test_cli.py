@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from importlib import import_module
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
 
+import hf_softheads
 from hf_softheads import heads
 from hf_softheads.cli import main
 from hf_softheads.registry import spec_from_dict
@@ -138,6 +147,28 @@ def test_card(exported, tmp_path, capsys):
         ("choose embedded --bits 0.001 --tokens 9000", "no head fits into 0.001 bits"),
         ("eval embedded --data nothing.txt", "no such file or folder: nothing.txt"),
         ("card .", "no results to put on the card"),
+        ("diagnose embedded --rows 0", "argument --rows: needs at least 1, got 0"),
+        ("diagnose embedded --window 1", "argument --window: needs at least 2, got 1"),
+        ("diagnose embedded --epsilon nan", "argument --epsilon: needs a finite number"),
+        ("diagnose embedded --epsilon inf", "argument --epsilon: needs a finite number"),
+        ("eval embedded --window 0", "argument --window: needs at least 2, got 0"),
+        ("eval embedded --stride 0", "argument --stride: needs at least 1, got 0"),
+        ("eval embedded --window 8 --stride 9", "0 < stride ≤ window, got window=8, stride=9"),
+        ("eval embedded --window x", "argument --window: needs a whole number, got 'x'"),
+        ("choose embedded --bits 0", "argument --bits: needs a finite number above 0, got 0"),
+        ("choose embedded --bits nan", "argument --bits: needs a finite number above 0"),
+        ("choose embedded --bytes -1", "argument --bytes: needs a finite number above 0"),
+        ("choose embedded --bits 4 --tokens 0", "argument --tokens: needs at least 1, got 0"),
+        ("patch embedded --head dense --tokens -1 --output out", "--tokens: needs at least 1"),
+        ("patch embedded --attention ssmax --layers= --output out", "--layers: needs values with"),
+        (
+            "patch embedded --attention ssmax --layers 1,a --output out",
+            "a layer is an integer, got 'a'",
+        ),
+        ("patch embedded --head dense", "the following arguments are required: --output"),
+        ("patch ./nothing --head dense --output out", "cannot load './nothing': no such folder"),
+        ("eval embeded", "no such folder, and as a Hub id it is not in the cache"),
+        ("eval embeded", "did you mean 'embedded'?"),
     ],
 )
 def test_wrong_input_is_one_line(command, message, capsys, tmp_path, monkeypatch):
@@ -151,7 +182,8 @@ def test_empty_and_short_text(tmp_path, capsys):
     file.write_text(" \n")
     assert "holds no text" in fails(capsys, "eval", "embedded", "--data", file)
     file.write_text("x = 1\n")
-    assert "less than one window of 512" in fails(capsys, "eval", "embedded", "--data", file)
+    error = fails(capsys, "eval", "embedded", "--data", file)
+    assert "less than one window of 512; give at least 5" in error
 
 
 def test_a_model_without_its_tokenizer(text, tmp_path, capsys):
@@ -159,3 +191,152 @@ def test_a_model_without_its_tokenizer(text, tmp_path, capsys):
     model.save_pretrained(tmp_path / "bare")
     error = fails(capsys, "eval", tmp_path / "bare", "--data", text)
     assert "holds a model but no tokenizer" in error
+
+
+# -- models that cannot be used ----------------------------------------------------------------------------------------
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+def saved(folder, kind, auto, **settings):
+    auto.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(folder)
+    for file in embedded.FOLDER.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def refuses_model(capsys, tmp_path, folder):
+    """The reason why `patch` does not take it; nothing is written."""
+    error = fails(capsys, "patch", folder, "--head", "dense", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    return error
+
+
+def test_an_encoder_decoder(tmp_path, capsys):
+    sizes = {
+        "d_model": 16,
+        "d_ff": 16,
+        "d_kv": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "vocab_size": 64,
+    }
+    folder = saved(tmp_path / "t5", "t5", AutoModelForSeq2SeqLM, **sizes)
+    error = refuses_model(capsys, tmp_path, folder)
+    assert "T5ForConditionalGeneration (t5) is an encoder-decoder; this command takes" in error
+    assert len(error) < 400
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForMaskedLM])
+def test_an_encoder(auto, tmp_path, capsys):
+    folder = saved(tmp_path / "bert", "bert", auto, **TINY)
+    error = refuses_model(capsys, tmp_path, folder)
+    assert "(bert) is an encoder, which does not predict the next token" in error
+
+
+def test_a_model_saved_without_its_head(tmp_path, capsys):
+    """transformers starts a missing head at random and only logs it."""
+    folder = saved(tmp_path / "base", "llama", AutoModel, tie_word_embeddings=False, **TINY)
+    error = refuses_model(capsys, tmp_path, folder)
+    assert "(LlamaModel) holds no weights for lm_head.weight, which LlamaForCausalLM needs" in error
+    tied = saved(tmp_path / "tied", "llama", AutoModel, tie_word_embeddings=True, **TINY)
+    assert main(["patch", str(tied), "--head", "dense", "--output", str(tmp_path / "out")]) == 0
+
+
+def test_folders_that_hold_no_model(tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("")
+    assert "no config.json (it holds notes.txt)" in refuses_model(capsys, tmp_path, folder)
+    assert "it is a file" in refuses_model(capsys, tmp_path, folder / "notes.txt")
+    config = folder / "config.json"
+    config.write_text("{")
+    assert f"{config} is not JSON (line 1, column 2" in refuses_model(capsys, tmp_path, folder)
+    config.write_text("[]")
+    assert "its config.json names no model_type" in refuses_model(capsys, tmp_path, folder)
+
+
+# -- texts and results that cannot be used -----------------------------------------------------------------------------
+
+
+def test_data_that_is_no_text(tmp_path, capsys):
+    def refused(name, content):
+        (tmp_path / name).write_bytes(content)
+        error = fails(capsys, "eval", "embedded", "--data", tmp_path / name)
+        assert f"{tmp_path / name} " in error
+        return error
+
+    assert "is not UTF-8 text (byte 0 is 0xff)" in refused("a.txt", b"\xff\xfe\x00")
+    assert "is not text: it holds zero bytes" in refused("b.txt", b"ab\x00")
+    assert "cannot be read as .jsonl: " in refused("c.jsonl", b'{"text": "x"}\n{"text"')
+    assert "has no text column 'text', its columns are body" in refused(
+        "d.jsonl", b'{"body": "x"}\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ("{", "is not JSON (line 1, column 2"),
+        ("[1]", "results are a dictionary with 'stages', got a list"),
+        ('{"stages": "dense"}', "'stages' is a list of dictionaries, got a string"),
+        ('{"stages": [1]}', "stage 0 is a dictionary, got a int"),
+        ('{"stages": [{"name": "x"}]}', "a stage needs at least 'name' and 'perplexity'"),
+        ('{"stages": [{"name": "x", "perplexity": "2"}]}', "'perplexity' of stage 'x' is a number"),
+        ('{"stages": [{"name": "x", "perplexity": 2, "kl": []}]}', "'kl' of stage 'x' is a number"),
+        ('{"sizes": {"head": {}}}', "'sizes' needs a 'head' and a 'dense' with numbers"),
+        ('{"sizes": [1]}', "'sizes' needs a 'head' and a 'dense' with numbers"),
+    ],
+)
+def test_card_of_other_results(results, message, exported, tmp_path, capsys):
+    file = tmp_path / "results.json"
+    file.write_text(results)
+    before = (exported / "README.md").read_text()
+    error = fails(capsys, "card", exported, "--results", file)
+    assert message in error
+    assert str(file) in error
+    assert (exported / "README.md").read_text() == before
+
+
+def test_snippet_of_a_card_runs(exported, monkeypatch):
+    card = (exported / "README.md").read_text()
+    assert "pip install git+https://" in card
+    code = card.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(exported.parent)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["model"].get_output_embeddings().weight.shape == (64, 192)
+
+
+# -- places that cannot be written to ----------------------------------------------------------------------------------
+
+
+def test_output_is_checked_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hf_softheads.cli.models.find", lambda _: pytest.fail("a model was loaded"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "killed.writing").mkdir()
+    for name, message in (
+        ("file", "is a file; choose another name"),
+        ("file/out", "cannot write to"),
+        ("killed", "is in the way: another export is running, or was killed; remove it"),
+    ):
+        command = ["patch", "embedded", "--head", "dense", "--output", tmp_path / name]
+        assert message in fails(capsys, *command)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "no permission to write in" in fails(capsys, *command[:-1], tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
+
+
+def test_room_is_checked_before_the_fit(tmp_path, capsys, monkeypatch):
+    full = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(hf_softheads, "collect", lambda *_: pytest.fail("it was calibrated"))
+    command = ["choose", "embedded", "--bits", "4", "--output", tmp_path / "out"]
+    assert "needs 18.0 MiB, only 10 B are free" in fails(capsys, *command)
+    assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,8 @@ from datasets import Dataset
 
 import hf_softheads as sh
 from hf_softheads.heads.stats import HeadStats
+from hf_softheads.measure.calibration import _Reservoir
+from hf_softheads.measure.divergence import from_dense
 from hf_softheads.plan import dense_head
 from hf_softheads.text.windows import windows
 
@@ -89,6 +91,21 @@ def test_the_dense_head_as_reference(model):
         sh.evaluate(model, rows, reference=torch.nn.Linear(32, 7))
 
 
+def test_distance_from_the_dense_head(model):
+    """`KL(dense ‖ head)`, not the other way round, and the share of equal best tokens; under the family's soft cap."""
+    dense = make_model("gemma2")
+    head = sh.patch(model, head=sh.heads.VQ(codes=24)).get_output_embeddings()
+    states = 3 * torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    weight = dense.lm_head.weight.detach()
+    with torch.no_grad():
+        kl, agreement = from_dense(head, weight, None, states)
+        z = 30 * torch.tanh(states.double() @ weight.double().T / 30)
+        p, q = z.log_softmax(-1), head.logits(states).double().log_softmax(-1)
+    assert kl == near((p.exp() * (p - q)).sum(-1).mean(), rel=1e-4)
+    assert kl != near((q.exp() * (q - p)).sum(-1).mean(), rel=1e-2)
+    assert agreement == near((p.argmax(-1) == q.argmax(-1)).double().mean())
+
+
 def test_sliding_window_counts_every_token_once():
     stream = torch.arange(50)
     rows = windows(stream, window=16, stride=5)
@@ -123,8 +140,8 @@ def test_text_in_every_form(model, tmp_path):
     tokens = torch.tensor([1, *Letters()([TEXT])["input_ids"][0]])
     same = sh.evaluate(model, Dataset.from_dict({"input_ids": [tokens.tolist()]}), window=16)
     assert same.loss == wanted.loss
-    # one token a byte, and a BOS token that is not predicted
-    assert wanted.bits_per_byte == near(wanted.loss / math.log(2), rel=0.02)
+    # one token a byte, and a BOS token that is not predicted and has no byte
+    assert wanted.bits_per_byte == near(wanted.loss / math.log(2))
 
 
 def test_padding_is_not_counted(model):
@@ -194,6 +211,22 @@ def test_sampled_states_are_uniform_and_repeatable(model):
     assert torch.equal(first.states, second.states)
     assert not torch.equal(first.states, other.states)
     assert first.states.shape == (100, 32)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 100, 4000])
+def test_a_reservoir_takes_every_part_of_the_stream_alike(batch):
+    """400 of 4,000 items: each eighth of the stream gives 50, up to 5 of its standard deviations."""
+    reservoir, stream = _Reservoir(400, seed=3), torch.arange(4000)
+    for part in stream.split(batch):
+        reservoir.add(part.float()[:, None], part)
+    items, labels = reservoir.result()
+    assert torch.equal(items[:, 0].long(), labels)  # an item keeps its label
+    assert len(labels.unique()) == 400
+    share = torch.bincount(labels // 500, minlength=8)
+    deviation = math.sqrt(400 * (1 / 8) * (7 / 8) * (3600 / 3999))
+    assert (share - 50).abs().max() < 5 * deviation
+    prefix = torch.bincount(labels[:200] // 2000, minlength=2)  # a prefix is a sample too
+    assert (prefix - 100).abs().max() < 5 * math.sqrt(200 * 0.25)
 
 
 def test_statistics_on_disk(model, tokens, tmp_path):

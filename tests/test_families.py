@@ -56,6 +56,8 @@ def test_save_and_load_is_bit_exact_twice(family, tokens, tmp_path):
         assert not getattr(model, "is_quantized", False)
         assert not model.config.tie_word_embeddings
         assert type(model).__name__ == model.config.architectures[0]
+        # what the family does to its logits is not in the file: the loaded head must find it again
+        assert model.get_output_embeddings().transform == LogitTransform(TRANSFORMS.get(family, ()))
 
 
 def test_training_loss_inside_the_head(family, tokens):
@@ -77,6 +79,42 @@ def test_training_loss_inside_the_head(family, tokens):
             torch.testing.assert_close(p.grad, wanted[name], atol=2e-5, rtol=1e-4, msg=name)
     model.eval()
     assert model(tokens, labels=labels).logits.shape == (2, 12, VOCAB)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(family, tokens):
+    """`num_items_in_batch` divides the loss inside the head, as it divides the one of logits."""
+    model = sh.patch(make_model(family), head=sh.heads.VQ(codes=24)).train()
+    labels = tokens.clone()
+    labels[0, :5] = -100  # the parts have unequal numbers of labels
+    items = int((labels[:, 1:] != -100).sum())
+    whole = model(tokens, labels=labels).loss
+    whole.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for count in (items, torch.tensor(items)):
+        model.zero_grad()
+        parts = [
+            model(tokens[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=count)
+            for i in range(2)
+        ]
+        assert all(part.logits is None for part in parts)
+        for part in parts:
+            part.loss.backward()
+        torch.testing.assert_close(sum(part.loss for part in parts), whole, atol=2e-5, rtol=1e-5)
+        for name, p in model.named_parameters():
+            if name in wanted:
+                torch.testing.assert_close(p.grad, wanted[name], atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_labels_that_are_shifted_already(tokens):
+    """As a trainer that splits sequences gives them: the token after each position, whatever `labels` say."""
+    model = sh.patch(make_model("llama"), head=sh.heads.VQ(codes=24)).train()
+    after = torch.randint(3, VOCAB, tokens.shape, generator=torch.Generator().manual_seed(4))
+    after[1, -3:] = -100
+    with torch.no_grad():
+        loss = model(tokens, labels=tokens, shift_labels=after).loss
+        logits = model.eval()(tokens).logits
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), after.flatten())
+    torch.testing.assert_close(loss, wanted, atol=2e-5, rtol=1e-5)
 
 
 def test_generates(family, tokens):

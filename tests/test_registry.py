@@ -73,7 +73,7 @@ def test_bad_specs(data, message):
 
 @pytest.mark.parametrize("codes", ["many", 1.5, True, None, [3]])
 def test_fields_have_types(codes):
-    with pytest.raises(TypeError, match=r"vq\.codes must be int, got"):
+    with pytest.raises(ValueError, match=r"vq\.codes must be int, got"):
         spec_from_dict("head", {"name": "vq", "codes": codes})
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, softmax
 from hf_softheads.attention.call import Params, RowMap
+from hf_softheads.registry import NotNegative
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class AdaptiveTemperature(AttentionSpec, name="adaptive_temperature"):
     """
 
     polynomial: tuple[float, ...] = (-0.037, 0.481, -2.3, 4.917, -1.791)
-    gate: float = 0.5
+    gate: NotNegative = 0.5
     long: tuple[float, ...] = ()
-    long_from: float = 4.4
+    long_from: NotNegative = 4.4
     train_through: bool = True
 
     @classmethod

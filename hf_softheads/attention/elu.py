@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec
 from hf_softheads.attention.call import Inputs, Params, RowMap, ScoreForm
+from hf_softheads.registry import Positive
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ELU(AttentionSpec, name="elu"):
 
     normalised: bool = True
     features: bool = False
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     sums_to_one: ClassVar[bool] = False
 
     def row_map(self) -> RowMap | None:

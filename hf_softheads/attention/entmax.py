@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_softheads.attention import threshold
 from hf_softheads.attention.base import AttentionSpec, per_head
 from hf_softheads.attention.call import Geometry, Params, RowMap
+from hf_softheads.registry import Bounds
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,11 @@ class Entmax(AttentionSpec, name="entmax"):
         learn: train α per head, kept in (1, 2) as `1 + σ(a_h)`; `alpha` is where it starts.
     """
 
-    alpha: float = 1.5
+    alpha: Annotated[float, Bounds(above=1, hint="the limit 1 is softmax")] = 1.5
     learn: bool = False
     exact_zeros: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.alpha > 1:
-            raise ValueError(
-                f"alpha must be greater than 1, got {self.alpha}; the limit 1 is `softmax`"
-            )
         if self.learn and self.alpha >= 2:
             raise ValueError(f"a learned alpha starts below 2, got {self.alpha}")
 

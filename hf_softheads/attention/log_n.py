@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec
 from hf_softheads.attention.call import Params
+from hf_softheads.registry import Bounds
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,8 @@ class LogN(AttentionSpec, name="log_n"):
         length: L; rows that see at most L keys are left exactly as they are.
     """
 
-    length: int = 2048
+    length: Annotated[int, Bounds(at_least=2, hint="log 1 is 0")] = 2048
     training_free: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.length < 2:
-            raise ValueError(f"length must be at least 2 (log 1 is 0), got {self.length}")
 
     def scale_queries(
         self, query: Tensor, n_keys: Tensor, params: Params, hidden: Tensor | None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec
 from hf_softheads.attention.call import Inputs, Params, RowMap, ScoreForm, per_row, visible_keys
+from hf_softheads.registry import Positive
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class LSSA(AttentionSpec, name="lssa"):
         eps: ε; the paper gives none.
     """
 
-    eps: float = 1e-8
+    eps: Positive = 1e-8
 
     def row_map(self) -> RowMap:
         return RowMap("softplus", (2.0, self.eps))

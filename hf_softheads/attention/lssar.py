@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_softheads.attention.call import Inputs, Params, RowMap
 from hf_softheads.attention.lssa import LSSA
+from hf_softheads.registry import Positive
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,9 @@ class LSSAR(LSSA, name="lssar"):
         p: power; 15 for long contexts, 3 is best at 1,024 tokens.
     """
 
-    p: float = 15.0
+    p: Positive = 15.0
     sums_to_one: ClassVar[bool] = False
     exact_zeros: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.p <= 0:
-            raise ValueError(f"p must be positive, got {self.p}")
 
     def row_map(self) -> RowMap:
         return RowMap("reweighted", (self.p, 2.0, self.eps))

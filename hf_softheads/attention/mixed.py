@@ -13,6 +13,8 @@ from hf_softheads.attention.call import Block, Geometry, Inputs, Params
 from hf_softheads.attention.softmax import Softmax
 from hf_softheads.attention.softpick import Softpick
 
+_SOFTMAX = Softmax()  # made once: its fields are checked, which has no place in a compiled forward
+
 
 @dataclass(frozen=True)
 class Mixed(AttentionSpec, name="mixed"):
@@ -56,7 +58,7 @@ class Mixed(AttentionSpec, name="mixed"):
         gate = per_head(params["gate"])
         if inputs.observe is not None:
             return self._observed(inputs, others, gate)
-        softmax = Softmax().forward(inputs, {})
+        softmax = _SOFTMAX.forward(inputs, {})
         return softmax + gate * (self.other.forward(inputs, others) - softmax)
 
     def _others(self, params: Params) -> Params:
@@ -79,5 +81,5 @@ class Mixed(AttentionSpec, name="mixed"):
                 whole = Block(block.batch, block.rows, slice(0, first.shape[-1]))
                 inputs.observe(inputs, whole, both, kept[block.batch, :, block.rows])
 
-        softmax = Softmax().forward(inputs.replace(observe=hold), {})
+        softmax = _SOFTMAX.forward(inputs.replace(observe=hold), {})
         return softmax + gate * (self.other.forward(inputs.replace(observe=show), others) - softmax)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec
 from hf_softheads.attention.call import Inputs, Params, RowMap, ScoreForm, visible_keys
+from hf_softheads.registry import Count
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,10 @@ class ReLU(AttentionSpec, name="relu"):
 
     power: Literal[1, 2] = 1
     divide: Literal["n", "length", "none"] = "n"
-    length: int = 2048
+    length: Count = 2048
     sums_to_one: ClassVar[bool] = False
     exact_zeros: ClassVar[bool] = True
     sinks: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.power not in (1, 2):
-            raise ValueError(f"power must be 1 or 2, got {self.power}")
-        if self.length < 1:
-            raise ValueError(f"length must be at least 1, got {self.length}")
 
     def row_map(self) -> RowMap:
         divide = {"none": (0.0, 1.0), "length": (0.0, float(self.length)), "n": (1.0, 1.0)}

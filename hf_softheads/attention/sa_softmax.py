@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, softmax
 from hf_softheads.attention.call import Params, RowMap
+from hf_softheads.registry import Positive
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class SASoftmax(AttentionSpec, name="sa_softmax"):
     """
 
     normalised: bool = True
-    eps: float = 2e-10
+    eps: Positive = 2e-10
     sums_to_one: ClassVar[bool] = False
     exact_zeros: ClassVar[bool] = True  # the row's smallest score, if it is negative
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec
 from hf_softheads.attention.call import Geometry, Inputs, Params
+from hf_softheads.registry import Count
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,10 @@ class Selective(AttentionSpec, name="selective"):
     position: Literal["exp", "linear", "sigmoid"] = "exp"
     token: bool = False
     values: bool = False
-    width: int = 16
+    width: Count = 16
     training_free: ClassVar[bool] = True
 
     _START: ClassVar[dict[str, float]] = {"exp": 2.0, "linear": 1e-5, "sigmoid": -8.0}
-
-    def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ValueError(f"width must be at least 1, got {self.width}")
 
     @property
     def needs_hidden(self) -> bool:  # type: ignore[override]

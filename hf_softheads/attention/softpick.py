@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec
 from hf_softheads.attention.call import Params, RowMap
+from hf_softheads.registry import Positive
 
 _LARGEST = 75.0  # exp of it times 10⁵ keys is finite in fp32
 
@@ -25,7 +26,7 @@ class Softpick(AttentionSpec, name="softpick"):
         eps: ε, relative to `exp(max(z, 0))` as in the authors' code (1e-8 there, 1e-6 in their kernel).
     """
 
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     sums_to_one: ClassVar[bool] = False
     exact_zeros: ClassVar[bool] = True
     sinks: ClassVar[bool] = False

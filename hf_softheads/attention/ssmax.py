@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, per_head
 from hf_softheads.attention.call import Geometry, Params
+from hf_softheads.registry import Bounds
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,12 @@ class SSMax(AttentionSpec, name="ssmax"):
         reference_length: where the factor starts as 1 without `bias`; the paper's 0.168 is about 380 keys.
     """
 
-    reference_length: int = 380
+    reference_length: Annotated[int, Bounds(at_least=2, hint="log 1 is 0")] = 380
     bias: bool | None = None
 
     @property
     def training_free(self) -> bool:  # type: ignore[override]
         return bool(self.bias)
-
-    def __post_init__(self) -> None:
-        if self.reference_length < 2:
-            raise ValueError(
-                f"reference_length must be at least 2 (log 1 is 0), got {self.reference_length}"
-            )
 
     def for_pretrained(self) -> SSMax:
         return replace(self, bias=True) if self.bias is None else self

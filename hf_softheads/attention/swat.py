@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_softheads.attention.call import Inputs, Params
 from hf_softheads.attention.sigmoid import Sigmoid
+from hf_softheads.registry import Count
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,10 @@ class SWAT(Sigmoid, name="swat"):
         slopes: `"balanced"`, `"negative"` (the paper's best average) or `"positive"`.
     """
 
-    window: int = 512
+    window: Count = 512
     slopes: Literal["balanced", "negative", "positive"] = "balanced"
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
         if self.alibi:
             raise ValueError("swat has slopes of its own; alibi=True is for `sigmoid`")
 

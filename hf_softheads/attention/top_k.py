@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_softheads.attention.base import AttentionSpec, lowered, softmax
 from hf_softheads.attention.call import Params, RowMap
+from hf_softheads.registry import Count
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class TopK(AttentionSpec, name="top_k"):
             in a pretrained model `"quadratic"`, since dropping harms heads that attend evenly.
     """
 
-    k: int = 64
+    k: Count = 64
     rest: Literal["drop", "mean", "linear", "quadratic", None] = None
 
     @property
@@ -41,10 +42,6 @@ class TopK(AttentionSpec, name="top_k"):
     @property
     def training_free(self) -> bool:  # type: ignore[override]
         return self.rest in ("linear", "quadratic")
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}")
 
     def for_pretrained(self) -> TopK:
         return replace(self, rest="quadratic") if self.rest is None else self

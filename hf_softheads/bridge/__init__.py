@@ -1,16 +1,17 @@
-"""The only package that knows the inside of transformers.
+"""The only package that knows the inside of transformers, one file a subject.
 
 `attention`: the registered implementation, its mask, the layers. `hidden`: the layer's input and its cache. `heads`:
-the output embedding, hidden states, what a family does to its logits. `linear`: what else a dense head may do. `ties`:
-parameters that are one. `family_loss`: the loss of a family's own forward. `classifiers`: the last module of a sequence
-classifier. `subclass`: the class of a patched model, and the loss inside its head. `probe`: a trial run. Nothing is
-assigned into a transformers class.
+the output embedding, hidden states, what a family does to its logits. `linear`: what else a dense head may do.
+`family_loss`: the loss of a family's own forward. `inputs`: token ids. `loading`: a head that the checkpoint lacks.
+`ties`: parameters that are one. `classifiers`: the last module of a sequence classifier. `subclass`: the class of a
+patched model, and the loss inside its head. `probe`: a trial run. Nothing is assigned into a transformers class.
 """
 
 from hf_softheads.bridge.attention import IMPLEMENTATION as IMPLEMENTATION
 from hf_softheads.bridge.attention import attention_forward as attention_forward
 from hf_softheads.bridge.attention import attention_layers as attention_layers
 from hf_softheads.bridge.attention import geometry as geometry
+from hf_softheads.bridge.attention import modalities as modalities
 from hf_softheads.bridge.attention import observed as observed
 from hf_softheads.bridge.attention import take_sinks as take_sinks
 from hf_softheads.bridge.attention import visible as visible
@@ -42,7 +43,9 @@ from hf_softheads.bridge.hidden import capture_layer_input as capture_layer_inpu
 from hf_softheads.bridge.hidden import check_values as check_values
 from hf_softheads.bridge.hidden import drop_variant as drop_variant
 from hf_softheads.bridge.hidden import give_variant as give_variant
+from hf_softheads.bridge.inputs import check_tokens as check_tokens
 from hf_softheads.bridge.linear import check_linear as check_linear
+from hf_softheads.bridge.loading import check_loaded as check_loaded
 from hf_softheads.bridge.probe import probe as probe
 from hf_softheads.bridge.subclass import Patched as Patched
 from hf_softheads.bridge.subclass import restore_class as restore_class

@@ -6,12 +6,10 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hf_softheads.attention.base import AttentionVariant, run
 from hf_softheads.attention.call import AttentionMap, Geometry, Inputs, Observer
@@ -19,7 +17,11 @@ from hf_softheads.attention.learned_sink import LearnedSink
 from hf_softheads.attention.softmax import Softmax
 from hf_softheads.bridge.hidden import CHILD, pop_layer_input
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 IMPLEMENTATION = "hf_softheads"  # the attention implementation, also the marker in config.json
+_SOFTMAX, _SINKS = Softmax(), LearnedSink()  # of layers without a variant
 _OBSERVER = "softheads_observer"
 _SHOWN = "softheads_shown"
 
@@ -78,11 +80,7 @@ def attention_forward(
         shown = AttentionMap()
         inputs = inputs.replace(observe=shown)
     if variant is None:
-        out = (
-            run(Softmax(), {}, inputs)
-            if sinks is None
-            else run(LearnedSink(), {"sinks": sinks}, inputs)
-        )
+        out = run(_SOFTMAX, {}, inputs) if sinks is None else run(_SINKS, {"sinks": sinks}, inputs)
     else:
         probe = getattr(variant, "probe", None)
         if probe is not None:
@@ -125,6 +123,7 @@ def observed(model: PreTrainedModel, observers: Mapping[int, Observer]) -> Itera
     Raises:
         ValueError: the family computes its attention itself.
     """
+    register()
     layers = attention_layers(model)
     if not layers or not model._can_set_attn_implementation():
         raise ValueError(
@@ -166,21 +165,58 @@ def take_sinks(module: nn.Module, variant: AttentionVariant) -> None:
             variant.get_parameter("sinks").copy_(sinks)
 
 
-AttentionInterface.register(IMPLEMENTATION, attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+@functools.cache
+def register() -> None:
+    """Make the implementation known to transformers, before the first model uses it.
+
+    Not on import: the modules that hold the registers are those of its models, which bring torch's compiler with them
+    and take seconds to load.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+_CROSS = ("cross", "encoder_attn", "encdec")  # in the names of layers that attend to an encoder
+
+
+_CROSS = ("cross", "encoder_attn", "encdec")  # in the names of layers that attend to an encoder
 
 
 def attention_layers(model: nn.Module) -> dict[int, tuple[str, Any]]:
-    """`{index: (path, module)}` of the self-attention layers that call the attention interface, in order."""
+    """`{index: (path, module)}` of the self-attention layers that call the attention interface, in order.
+
+    Of a model that reads images or sound besides text, those of its language model alone.
+    """
     found: dict[int, tuple[str, Any]] = {}
+    within = _language_model(model)
     for path, module in model.named_modules():
         if not _calls_interface(module.__class__) or getattr(module, "is_cross_attention", False):
             continue
-        if "cross" in path.rpartition(".")[2].lower():
+        if any(name in path.rpartition(".")[2].lower() for name in _CROSS):
+            continue
+        if within is not None and module not in within:
             continue
         index = getattr(module, "layer_idx", None)
         found[len(found) if index is None or index in found else index] = (path, module)
     return dict(sorted(found.items()))
+
+
+def modalities(model: Any) -> tuple[str, ...]:
+    """What a transformers model reads: text, image, …"""
+    found = getattr(model, "input_modalities", None) or ("text",)
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def _language_model(model: nn.Module) -> set[nn.Module] | None:
+    """The modules of the language model inside a multi-modal one; None for a model of one kind of input."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or len(modalities(model)) < 2:
+        return None
+    return set(model.get_decoder().modules()) if model.get_output_embeddings() is not None else None
 
 
 @functools.cache

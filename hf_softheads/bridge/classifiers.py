@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_softheads.classifiers.base import PooledClassifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NAMES = ("score", "classifier", "classification_head", "logits_proj")
 

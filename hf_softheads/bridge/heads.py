@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 
 from hf_softheads.heads.base import Head, LogitTransform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Function = Callable[[Tensor], Tensor]
 
@@ -58,10 +59,12 @@ class SplitModel:
     The hidden states are what the model's own forward hands to its head, whatever the family; the head is not run.
 
     Raises:
+        TypeError: there is no transformers model inside `model`.
         ValueError: the model has no head, or changes its logits after the head in an unknown way.
     """
 
     def __init__(self, model: nn.Module):
+        transformers_model(model)
         self.model = model
         head = active_head(model)
         if head is None:
@@ -110,6 +113,8 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform | None:
     The backbone is replaced by a stub for the call, so nothing is computed and meta tensors will do. None when the
     model does something else than scaling and tanh.
     """
+    from transformers import PreTrainedModel
+
     path, head = find_head(model)
     width = getattr(head, "in_features", None) or head.weight.shape[-1]
     device = _execution_device(head)
@@ -224,6 +229,8 @@ class _Recorder(TorchFunctionMode):
 
 def base_model(model: nn.Module) -> Any:
     """The transformers model inside DDP, `torch.compile` and PEFT wrappers."""
+    from accelerate.utils import extract_model_from_parallel
+
     inner: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
@@ -234,6 +241,8 @@ def transformers_model(model: Any) -> Any:
     Raises:
         TypeError: there is none; says what was given and what would work.
     """
+    from transformers import PreTrainedModel
+
     if isinstance(model, str | os.PathLike):
         raise TypeError(
             f"expected a loaded transformers model, got the name {str(model)!r}; load it first: "
@@ -257,6 +266,8 @@ def output_head(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no output embedding.
     """
+    from transformers import PreTrainedModel
+
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
         return model

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import PreTrainedModel
 
 from hf_softheads.attention.base import AttentionVariant
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Keywords of the attention interface that the bridge understands or that a variant may ignore: they change masks or
 # caches, which arrive resolved.
@@ -37,7 +41,11 @@ _HARMLESS = {
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, variants: dict[int, AttentionVariant]) -> None:
-    """Run a few tokens: every chosen layer must have been called, with nothing it would wrongly ignore."""
+    """Run a few tokens: every chosen layer must have been called, with nothing it would wrongly ignore.
+
+    Raises:
+        ValueError: one was not, or is given what it would ignore.
+    """
     modes = {module: module.training for module in model.modules()}
     calls: dict[int, list[set[str]]] = {index: [] for index in variants}
     for index, variant in variants.items():
@@ -45,7 +53,8 @@ def probe(model: PreTrainedModel, variants: dict[int, AttentionVariant]) -> None
     try:
         model.eval()
         tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)  # 0 is in any vocabulary
-        model(input_ids=tokens, use_cache=False)
+        both = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+        model(input_ids=tokens, use_cache=False, **both)
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 
+from hf_softheads import files
 from hf_softheads.attention.base import AttentionVariant
-from hf_softheads.bridge.attention import IMPLEMENTATION, showing
+from hf_softheads.bridge.attention import IMPLEMENTATION, register, showing
 from hf_softheads.bridge.classifiers import active_classifier, pooling
 from hf_softheads.bridge.family_loss import IGNORE, asks_for_loss, targets_of, without_logits
+from hf_softheads.bridge.fused_head import answered, theirs
+from hf_softheads.bridge.head_weight import guard_weight
 from hf_softheads.bridge.heads import active_head
 from hf_softheads.bridge.hidden import CHILD
 from hf_softheads.bridge.ties import without_heads
 from hf_softheads.classifiers.base import PooledClassifier
 from hf_softheads.heads.base import Head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _CALL = "_softheads_call"  # the labels of a call whose loss the head computes
 
@@ -27,7 +34,7 @@ _CALL = "_softheads_call"  # the labels of a call whose loss the head computes
 class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[misc]
     """Methods that a patched model's class gains. Never instantiated by itself; see `subclass_patched`."""
 
-    _adopted_from: type[PreTrainedModel]
+    _adopted_from: Any  # a class; transformers evaluates the annotations of its models
     _adopted_outer: bool
     _asks_for_loss: bool
 
@@ -46,6 +53,14 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
     @_tied_weights_keys.setter
     def _tied_weights_keys(self, value: Any) -> None:
         self.__dict__["_tied_weights_keys"] = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # a library gives this model a forward of its own
+        super().__setattr__(name, answered(self, value) if name == "forward" else value)
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        guard_weight(new_embeddings)
+        super().set_output_embeddings(new_embeddings)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         wanted = attn_implementation
@@ -80,6 +95,21 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
             return _resized(old_lm_head, new_num_tokens)
         return super()._get_resized_lm_head(old_lm_head, new_num_tokens, *args, **kwargs)
 
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the family's own, but nothing in the folder is replaced until everything is written.
+
+        Not so when it also uploads or writes a distributed checkpoint: transformers needs the folder itself for these.
+        """
+        itself = args[1:] or kwargs.get("push_to_hub") or kwargs.get("distributed_checkpoint")
+        if itself or not is_main_process or os.path.isfile(save_directory):
+            return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        with files.filling(Path(save_directory)) as fresh:
+            result = super().save_pretrained(fresh, is_main_process, *args, **kwargs)
+            _remove_other_shards(Path(save_directory), {path.name for path in fresh.iterdir()})
+        return result
+
     @property
     def loss_function(self) -> Any:
         head, call = active_head(self), getattr(self, _CALL, None)
@@ -105,9 +135,16 @@ def _resized(head: Head, vocab: int) -> Head:
 def subclass_patched(model: PreTrainedModel) -> None:
     """Give the model, and every model inside it, a class with `Patched`'s methods. The outer one's forward is wrapped
     so that training with labels computes the loss inside the head, without logits."""
+    from transformers import PreTrainedModel
+
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not isinstance(module, Patched):
             module.__class__ = _adopted(module.__class__, module is model, asks_for_loss(module))
+    if "forward" in model.__dict__:
+        model.forward = model.__dict__["forward"]  # given before the patch: see `answered`
+    guard_weight(
+        model.get_output_embeddings()
+    )  # a checkpoint's parameters take the place of those that were built
 
 
 def restore_class(model: PreTrainedModel) -> None:
@@ -115,10 +152,13 @@ def restore_class(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Patched):
             module.__class__ = module._adopted_from
+            if "forward" in module.__dict__:
+                module.forward = theirs(module.__dict__["forward"])
 
 
 @functools.cache
 def _adopted(cls: Any, outer: bool, asks: bool) -> Any:
+    register()  # here, because a model that is unpickled comes by no other way
     members: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -140,6 +180,7 @@ def _blank(cls: Any, outer: bool, asks: bool) -> Any:
 def _fused_forward(original: Any) -> Any:
     """The family's own forward; in training with labels the head returns `-log p(label)` where logits would be, and
     with `output_attentions` every layer returns its weights."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -154,7 +195,7 @@ def _fused_forward(original: Any) -> Any:
             return without_maps(self, *args, **kwargs)
 
     def without_maps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = _fusable(self, kwargs)
+        call = _fusable(self, kwargs, ForCausalLMLoss)
         if call is None:
             return original(self, *args, **kwargs)
         head: Any = active_head(self)
@@ -191,8 +232,8 @@ class _OtherLoss(Exception):
     """The family wants another loss than the head has computed."""
 
 
-def _fusable(model: Any, kwargs: dict[str, Any]) -> _Call | None:
-    """The call's labels, or None when the loss must come from real logits."""
+def _fusable(model: Any, kwargs: dict[str, Any], usual: Any) -> _Call | None:
+    """The call's labels, or None when the loss must come from real logits: it is not transformers' usual one."""
     labels = kwargs.get("labels")
     if labels is None or not model.training or kwargs.get("logits_to_keep"):
         return None
@@ -200,7 +241,7 @@ def _fusable(model: Any, kwargs: dict[str, Any]) -> _Call | None:
     if (
         not isinstance(head, Head)
         or head.transform is None
-        or model.loss_function is not ForCausalLMLoss
+        or model.loss_function is not usual
         or not model._asks_for_loss
     ):
         return None
@@ -249,3 +290,15 @@ def _loss_from_head(
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and torch.equal(a, b.to(a.device)))
+
+
+_SHARD = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def _remove_other_shards(folder: Path, written: set[str]) -> None:
+    """Shards of an earlier save of the same weights, which a loader might take for these: as transformers does."""
+    weights = {found[1] for name in written if (found := _SHARD.fullmatch(name))}
+    for path in folder.iterdir():
+        found = _SHARD.fullmatch(path.name)
+        if found and found[2] and found[1] in weights and path.name not in written:
+            path.unlink()

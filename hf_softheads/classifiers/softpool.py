@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_softheads.classifiers.base import ClassifierSpec, PooledClassifier
+from hf_softheads.registry import Count
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,10 @@ class SoftPool(ClassifierSpec, name="softpool"):
         heads: slices of the hidden state, each with a query of its own; divides D.
     """
 
-    heads: int = 1
+    heads: Count = 1
 
     def check(self, dim: int, labels: int) -> None:
-        if self.heads < 1 or dim % self.heads:
+        if dim % self.heads:
             near = [n for n in range(1, dim + 1) if dim % n == 0]
             best = min(near, key=lambda n: abs(n - self.heads))
             raise ValueError(

@@ -6,16 +6,18 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import Head, HeadSpec, index_dtype
+from hf_softheads.bitpack import index_dtype
+from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.fit.blockwise import blocks, linear_log_mass, over_states, scores_of
 from hf_softheads.heads.fit.hessian import principal_directions
 from hf_softheads.heads.fit.kmeans import require_finite
+from hf_softheads.registry import Bounds, Count
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -39,8 +41,8 @@ class Adaptive(HeadSpec, name="adaptive"):
         div: how much smaller the rank of the next band is.
     """
 
-    cutoffs: tuple[int, ...]
-    div: float = 4.0
+    cutoffs: tuple[Count, ...]
+    div: Annotated[float, Bounds(at_least=1)] = 4.0
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -57,10 +59,10 @@ class Adaptive(HeadSpec, name="adaptive"):
                 f"adaptive asked for cutoffs {self.cutoffs} of {vocab} tokens; "
                 f"they must rise and lie in 1 … {vocab - 1}"
             )
-        if self.div < 1 or dim / self.div ** len(self.cutoffs) < 1:
+        if dim / self.div ** len(self.cutoffs) < 1:
             raise ValueError(
                 f"adaptive asked for div {self.div} with {len(self.cutoffs)} bands of a head of dimension {dim}; "
-                f"it must be at least 1 and leave the last band a rank of at least 1"
+                "it must leave the last band a rank of at least 1"
             )
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> AdaptiveHead:
@@ -122,6 +124,9 @@ class AdaptiveHead(Head):
         self.down = nn.ParameterList(torch.empty(rank, dim) for rank in ranks)
         self.order: Tensor
         self.register_buffer("order", torch.arange(vocab).to(index_dtype(vocab)))
+
+    def index_limits(self) -> dict[str, int]:
+        return {"order": self.out_features}
 
     def frequent(self, hidden: Tensor) -> Tensor:
         """Logits of the frequent tokens and of the bands, `(…, frequent + bands)` fp32."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
@@ -13,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_softheads.heads.forms.fit_guard import checked
 from hf_softheads.heads.forms.logit_transform import LogitTransform as LogitTransform
+from hf_softheads.heads.forms.sampling import check_temperature, gumbel_max
+from hf_softheads.heads.forms.token_numbers import TokenStatistics as TokenStatistics
+from hf_softheads.heads.forms.token_numbers import as_statistics, labelled, of_logits
 from hf_softheads.registry import Spec
 
 if TYPE_CHECKING:
@@ -77,12 +81,10 @@ class Head(nn.Module):
     def __init__(self, dim: int, vocab: int):
         super().__init__()
         self.in_features, self.out_features = dim, vocab
-        self.transform: LogitTransform | None = (
-            LogitTransform()
-        )  # None: the family does something unknown
-        self.targets: Tensor | None = (
-            None  # set for one call by the model's forward, to train without logits
-        )
+        # None: the family does something unknown
+        self.transform: LogitTransform | None = LogitTransform()
+        # set for one call by the model's forward, to train without logits
+        self.targets: Tensor | None = None
         self.nll: Tensor | None = None
         self._tables: dict[str, tuple[object, tuple[Tensor, ...], object]] = {}
 
@@ -103,9 +105,8 @@ class Head(nn.Module):
             return self.scores(hidden)
         targets, self.targets = self.targets, None
         self.nll, self.counted = self.token_loss(hidden, targets), (targets != -100).sum()
-        return self.nll.unsqueeze(
-            -1
-        )  # stands in for the logits; the loss is built from this very tensor
+        # stands in for the logits; the loss is built from this very tensor
+        return self.nll.unsqueeze(-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits `(…, V)` in fp32: raw scores through the family's transform."""
@@ -133,6 +134,30 @@ class Head(nn.Module):
     def logsumexp(self, hidden: Tensor) -> Tensor:
         """`log Σ_v exp(logits)`, `(…)` fp32."""
         return self._in_chunks(lambda h: self.logits(h).logsumexp(-1), hidden)
+
+    def token_statistics(
+        self, hidden: Tensor, labels: Tensor, temperature: float = 1.0, ignore_index: int = -100
+    ) -> TokenStatistics:
+        """`log p(label)`, entropy and best token of `p = softmax(logits / temperature)`, each `(…)`.
+
+        Exactly 0 where `label == ignore_index`, which is not computed. Gradients flow through the first two.
+        """
+        check_temperature(temperature)
+        numbers = partial(self.token_numbers, temperature=temperature, moments=False)
+        return as_statistics(labelled(numbers, hidden, labels, ignore_index))
+
+    def token_numbers(
+        self, hidden: Tensor, labels: Tensor, temperature: float, moments: bool
+    ) -> Tensor:
+        """`log p(label)`, entropy, best token and, with `moments`, mean logit and `log Σ p²`: `(…, 3 or 5)` fp32.
+
+        `p = softmax(logits / temperature)`, and the mean is of `logits / temperature`; `labels` in `[0, V)`.
+        """
+
+        def chunk(h: Tensor, y: Tensor) -> Tensor:
+            return of_logits(self.logits(h) / temperature, y, moments)
+
+        return self._in_chunks(chunk, hidden, labels)
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -228,6 +253,24 @@ class Head(nn.Module):
         """The codes of each token, `(V, G)`, and how many there are to choose from; None for a head without codes."""
         return None
 
+    def index_limits(self) -> dict[str, int]:
+        """Names of this head's own integer tensors that are indices, and how many there are to choose from."""
+        return {}
+
+    def check_indices(self) -> None:
+        """Raise ValueError if this head, or one inside it, holds an index to something that is not there."""
+        for path, module in self.named_modules():
+            for name, count in module.index_limits().items() if isinstance(module, Head) else ():
+                tensor = module.get_buffer(name)
+                if tensor.is_meta or not tensor.numel():
+                    continue
+                low, high = map(int, tensor.aminmax())
+                if low < 0 or high >= count:
+                    raise ValueError(
+                        f"{path}{path and '.'}{name} of the {type(self).__name__} holds indices from {low} to {high}, "
+                        f"but there are 0 to {count - 1}: the checkpoint is damaged; export or download it again"
+                    )
+
     def notes(self) -> list[str]:
         """Facts about this head that `describe` prints, one a line."""
         return []
@@ -300,24 +343,3 @@ class Head(nn.Module):
             else:
                 out = torch.cat([function(*part) for part in parts])
         return out.reshape((*shape, *out.shape[1:]))
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise ValueError unless `temperature > 0`."""
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature must be positive, got {temperature}; for the best token use topk(hidden, 1)"
-        )
-
-
-def gumbel_max(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One index per row, drawn from `softmax(logits)`, `(…)`."""
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits - noise.log_()).argmax(-1)
-
-
-def index_dtype(values: int) -> torch.dtype:
-    """The smallest integer type that holds `0 … values - 1`; int32 from 32,769 on."""
-    if values <= 2**8:
-        return torch.uint8
-    return torch.int16 if values <= 2**15 else torch.int32

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import Head, HeadSpec, index_dtype
+from hf_softheads.bitpack import index_dtype
+from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.fit.blockwise import blocks
 from hf_softheads.heads.fit.hessian import metric_root
 from hf_softheads.heads.fit.kmeans import require_finite
 from hf_softheads.heads.fit.tree_nodes import fit_tree
 from hf_softheads.heads.fit.tree_order import bisected
+from hf_softheads.registry import CountOrZero
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -38,18 +40,15 @@ class BinaryTree(HeadSpec, name="binary_tree"):
         passes: over the sampled hidden states; 0 keeps the tangents.
     """
 
-    passes: int = 8
+    passes: CountOrZero = 8
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
         return [cls()]
 
     def check(self, dim: int, vocab: int) -> None:
-        if vocab < 2 or self.passes < 0:
-            raise ValueError(
-                f"binary_tree asked for {self.passes} passes over a vocabulary of {vocab}; at least 0 passes and "
-                "2 tokens are possible"
-            )
+        if vocab < 2:
+            raise ValueError(f"binary_tree needs a vocabulary of at least 2 tokens, got {vocab}")
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> BinaryTreeHead:
         return BinaryTreeHead(dim, vocab)
@@ -96,6 +95,9 @@ class BinaryTreeHead(Head):
         self.states: Tensor
         self.register_buffer("order", torch.arange(vocab).to(index_dtype(vocab)))
         self.register_buffer("states", torch.zeros(1, dtype=torch.int32))  # fitted to so many
+
+    def index_limits(self) -> dict[str, int]:
+        return {"order": self.out_features}
 
     def scores(self, hidden: Tensor) -> Tensor:
         odds = F.linear(hidden, self.weight).float() + self.shift

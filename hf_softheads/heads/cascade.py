@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +13,7 @@ from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.fit.blockwise import over_states
 from hf_softheads.heads.low_rank import LowRank
 from hf_softheads.heads.screened import STATES, Screened, ScreenedHead
+from hf_softheads.registry import NotNegative
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -36,20 +36,13 @@ class Cascade(Screened, name="cascade"):
         margin: nats, at least 0; more is more exact and reads more.
     """
 
-    margin: float = 1.0
+    margin: NotNegative = 1.0
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
         return [
             cls(LowRank(max(1, dim // part)), max(1, vocab // 8), margin=0.0) for part in (8, 4, 2)
         ]
-
-    def check(self, dim: int, vocab: int) -> None:
-        if not 0 <= self.margin < math.inf:
-            raise ValueError(
-                f"cascade asked for a margin of {self.margin} nats; a finite number of at least 0 is possible"
-            )
-        super().check(dim, vocab)
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> CascadeHead:
         screen = self.screen.module(dim, vocab, bias=bias)

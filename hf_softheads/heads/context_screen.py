@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_softheads.heads.base import Head, HeadSpec, index_dtype
+from hf_softheads.bitpack import index_dtype
+from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.fit.blockwise import gumbel_choice, over_states, scores_of
 from hf_softheads.heads.fit.kmeans import kmeans, require_finite
+from hf_softheads.registry import Count, CountOrZero
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -44,19 +46,18 @@ class ContextScreen(HeadSpec, name="context_screen"):
         seed: of k-means and of the noise.
     """
 
-    clusters: int
-    tokens: int = 256
-    seed: int = 0
+    clusters: Count
+    tokens: Count = 256
+    seed: CountOrZero = 0
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
         return [cls(clusters, max(1, vocab // 2)) for clusters in (2, 8, 32)]
 
     def check(self, dim: int, vocab: int) -> None:
-        if self.clusters < 1 or not 1 <= self.tokens <= vocab:
+        if self.tokens > vocab:
             raise ValueError(
-                f"context_screen asked for {self.clusters} clusters of {self.tokens} tokens; at least 1 cluster and "
-                f"1 to {vocab} tokens are possible"
+                f"context_screen asked for clusters of {self.tokens} tokens; 1 to {vocab} are possible"
             )
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> ContextScreenHead:
@@ -123,6 +124,9 @@ class ContextScreenHead(Head):
         self.register_buffer("level", torch.zeros(clusters))
         self.register_buffer("slope", torch.zeros(dim))
         self.register_buffer("millionths", torch.full((1,), -1, dtype=torch.int32))
+
+    def index_limits(self) -> dict[str, int]:
+        return {"ids": self.out_features}
 
     @property
     def coverage(self) -> float | None:

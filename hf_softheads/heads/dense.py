@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_softheads.heads import base
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.forms.streamed_rows import products
+from hf_softheads.heads.forms.token_numbers import of_matrix
 from hf_softheads.kernels import select
 from hf_softheads.kernels.dense import dense_score
 
@@ -75,6 +77,21 @@ class DenseHead(Head):
     def subset(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias[tokens]
         return F.linear(hidden, self.weight[tokens], bias).float()
+
+    def token_numbers(
+        self, hidden: Tensor, labels: Tensor, temperature: float, moments: bool
+    ) -> Tensor:
+        found = of_matrix(
+            hidden.reshape(-1, hidden.shape[-1]),
+            self.weight,
+            self.bias,
+            self._known_transform(),
+            labels.reshape(-1),
+            temperature,
+            moments,
+            base._CHUNK_ELEMENTS,
+        )
+        return found.view(*labels.shape, found.shape[-1])
 
     def resize(self, vocab: int) -> DenseHead:
         """Rows are kept; new rows are the mean row, so that a new token starts as an average one."""

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import Head, HeadSpec, check_temperature, gumbel_max, index_dtype
+from hf_softheads.bitpack import index_dtype
+from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.heads.forms.sampling import check_temperature, gumbel_max
+from hf_softheads.heads.forms.token_numbers import of_logits
+from hf_softheads.registry import Count
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -32,7 +36,7 @@ class Draft(HeadSpec, name="draft"):
         tokens: how many rows are kept.
     """
 
-    tokens: int
+    tokens: Count
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -43,7 +47,7 @@ class Draft(HeadSpec, name="draft"):
         return cls(vocab)
 
     def check(self, dim: int, vocab: int) -> None:
-        if not 1 <= self.tokens <= vocab:
+        if self.tokens > vocab:
             raise ValueError(f"draft asked for {self.tokens} tokens; 1 to {vocab} are possible")
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> DraftHead:
@@ -79,6 +83,9 @@ class DraftHead(Head):
         self.register_buffer("ids", torch.arange(tokens).to(index_dtype(vocab)))
         self.register_buffer("millionths", torch.zeros(1, dtype=torch.int32))
 
+    def index_limits(self) -> dict[str, int]:
+        return {"ids": self.out_features}
+
     @property
     def coverage(self) -> float:
         """Share of the statistics' tokens that have a row."""
@@ -107,6 +114,21 @@ class DraftHead(Head):
         return self._in_chunks(
             lambda h: self._kept_logits(h).logsumexp(-1), hidden, width=len(self.weight)
         )
+
+    def token_numbers(
+        self, hidden: Tensor, labels: Tensor, temperature: float, moments: bool
+    ) -> Tensor:
+        def chunk(h: Tensor, y: Tensor) -> Tensor:
+            place = self._places()[y]
+            z = self._kept_logits(h) / temperature
+            log_prob, entropy, best, *rest = of_logits(z, place.clamp_min(0), moments).unbind(-1)
+            log_prob = log_prob.masked_fill(place < 0, -torch.inf)
+            best = self.ids.long()[best.detach().long()].to(z.dtype)
+            if rest and len(self.weight) < self.out_features:
+                rest[0] = torch.full_like(rest[0], -torch.inf)  # the mean over all tokens
+            return torch.stack([log_prob, entropy, best, *rest], -1)
+
+        return self._in_chunks(chunk, hidden, labels, width=len(self.weight))
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:

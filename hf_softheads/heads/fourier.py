@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.fit.blockwise import over_states, progress, scores_of
 from hf_softheads.heads.fit.kmeans import require_finite
+from hf_softheads.registry import Count, CountOrZero, NotNegative
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -42,11 +43,11 @@ class Fourier(HeadSpec, name="fourier"):
         seed: of the start and the order of the states.
     """
 
-    frequencies: int = 12
-    start: int = 0
-    stop: int | None = None
-    smoothness: float = 0.0
-    seed: int = 0
+    frequencies: Count = 12
+    start: CountOrZero = 0
+    stop: Count | None = None
+    smoothness: NotNegative = 0.0
+    seed: CountOrZero = 0
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -54,18 +55,16 @@ class Fourier(HeadSpec, name="fourier"):
 
     def check(self, dim: int, vocab: int) -> None:
         stop = vocab if self.stop is None else self.stop
-        if not 0 <= self.start < stop - 1 < vocab:
+        if not self.start < stop - 1 < vocab:
             raise ValueError(
                 f"fourier asked for the ordinal tokens {self.start} … {stop - 1} of {vocab}; at least 2 tokens of "
                 f"0 … {vocab - 1} are possible"
             )
-        if not 1 <= self.frequencies <= stop - self.start:
+        if self.frequencies > stop - self.start:
             raise ValueError(
                 f"fourier asked for {self.frequencies} frequencies for {stop - self.start} ordinal tokens; "
                 f"1 to {stop - self.start} are possible"
             )
-        if self.smoothness < 0:
-            raise ValueError(f"fourier asked for smoothness {self.smoothness}; it must be ≥ 0")
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> FourierHead:
         stop = vocab if self.stop is None else self.stop

@@ -13,6 +13,7 @@ from hf_softheads.heads.fit.blockwise import linear_log_odds, over_states, score
 from hf_softheads.heads.fit.kmeans import require_finite
 from hf_softheads.heads.fit.perplexity_floor import measure_floor
 from hf_softheads.heads.forms.vq_module import VQHead
+from hf_softheads.registry import Count
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -37,7 +38,7 @@ class FrequencyTier(HeadSpec, name="frequency_tier"):
         tokens: how many have a row of their own.
     """
 
-    tokens: int
+    tokens: Count
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -48,7 +49,7 @@ class FrequencyTier(HeadSpec, name="frequency_tier"):
         return cls(vocab)
 
     def check(self, dim: int, vocab: int) -> None:
-        if not 1 <= self.tokens <= vocab:
+        if self.tokens > vocab:
             raise ValueError(
                 f"frequency_tier asked for {self.tokens} tokens; 1 to {vocab} are possible"
             )

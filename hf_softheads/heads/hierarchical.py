@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import Head, HeadSpec, gumbel_max, index_dtype
+from hf_softheads.bitpack import index_dtype
+from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.fit.blockwise import blocks, over_states, progress, scores_of
 from hf_softheads.heads.fit.hessian import metric_root
 from hf_softheads.heads.fit.kmeans import kmeans, require_finite, weighted_means
+from hf_softheads.heads.forms.sampling import gumbel_max
 from hf_softheads.heads.forms.wrapper import WrapperHead, WrapperSpec
+from hf_softheads.registry import Count, CountOrZero
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -44,8 +47,8 @@ class Hierarchical(WrapperSpec, name="hierarchical"):
         seed: of k-means.
     """
 
-    classes: int
-    seed: int = 0
+    classes: Count
+    seed: CountOrZero = 0
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -56,7 +59,7 @@ class Hierarchical(WrapperSpec, name="hierarchical"):
         return cls(vocab)
 
     def check(self, dim: int, vocab: int) -> None:
-        if not 1 <= self.classes <= vocab:
+        if self.classes > vocab:
             raise ValueError(
                 f"hierarchical asked for {self.classes} classes of {vocab} tokens; 1 to {vocab} are possible, "
                 f"{round(vocab**0.5)} reads the least"
@@ -289,6 +292,9 @@ class HierarchicalHead(WrapperHead):
         edges = self._members()[3]
         largest = max(stop - start for start, stop in pairwise(edges))
         return len(self.weight) + largest
+
+    def index_limits(self) -> dict[str, int]:
+        return {"codes": len(self.weight)}
 
     def code_table(self) -> tuple[Tensor, int]:
         return self.codes.long()[:, None], len(self.weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from hf_softheads.heads.fit.hadamard import random_signs, signed_hadamard
 from hf_softheads.heads.fit.hessian import local_moments
 from hf_softheads.heads.fit.kmeans import require_finite
 from hf_softheads.heads.forms.streamed_rows import RowsHead
+from hf_softheads.registry import Bounds, CountOrZero
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -43,16 +44,14 @@ class Lattice(HeadSpec, name="lattice"):
         seed: of the signs.
     """
 
-    stages: int = 1
-    seed: int = 0
+    stages: Annotated[int, Bounds(at_least=1, at_most=4)] = 1
+    seed: CountOrZero = 0
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
         return [cls(stages) for stages in (1, 2, 3)] if dim % _WIDTH == 0 else []
 
     def check(self, dim: int, vocab: int) -> None:
-        if not 1 <= self.stages <= 4:
-            raise ValueError(f"lattice asked for {self.stages} stages; 1 to 4 are possible")
         if dim % _WIDTH:
             raise ValueError(
                 f"lattice codes {_WIDTH} columns at a time, which do not divide hidden states of size {dim}; quantized "

@@ -18,6 +18,7 @@ from hf_softheads.heads.fit.kmeans import require_finite
 from hf_softheads.heads.forms.streamed_rows import RowsHead, rate_by_size
 from hf_softheads.heads.forms.trainable_codes import TrainableCodes
 from hf_softheads.heads.forms.wrapper import WrapperHead
+from hf_softheads.registry import Count
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -36,7 +37,7 @@ class LowRank(HeadSpec, name="low_rank"):
         inner: what stores the rows `(V, rank)`, any head: `LowRank(D // 4, Quantized(8))` is a fast screen.
     """
 
-    rank: int
+    rank: Count
     inner: HeadSpec = field(default_factory=Dense)
 
     @classmethod
@@ -48,7 +49,7 @@ class LowRank(HeadSpec, name="low_rank"):
         return cls(dim)
 
     def check(self, dim: int, vocab: int) -> None:
-        if not 1 <= self.rank <= min(dim, vocab):
+        if self.rank > min(dim, vocab):
             raise ValueError(
                 f"low_rank asked for rank {self.rank} of a ({vocab}, {dim}) matrix; "
                 f"1 to {min(dim, vocab)} are possible"
@@ -152,6 +153,12 @@ class ProjectedHead(WrapperHead):
 
     def logsumexp(self, hidden: Tensor) -> Tensor:
         return self.inner_alike().logsumexp(self.prepare(hidden))
+
+    def token_numbers(
+        self, hidden: Tensor, labels: Tensor, temperature: float, moments: bool
+    ) -> Tensor:
+        inner = self.inner_alike()
+        return inner.token_numbers(self.prepare(hidden), labels, temperature, moments)
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:

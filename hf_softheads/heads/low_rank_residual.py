@@ -14,6 +14,7 @@ from hf_softheads.heads.fit.blockwise import blocks
 from hf_softheads.heads.fit.hessian import local_moments, principal_directions
 from hf_softheads.heads.fit.kmeans import require_finite
 from hf_softheads.heads.quantized import Quantized, QuantizedHead, quantize_rows
+from hf_softheads.registry import Count
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -33,16 +34,16 @@ class LowRankResidual(HeadSpec, name="low_rank_residual"):
         bits, group: of the codes, as in `quantized`.
     """
 
-    rank: int = 8
+    rank: Count = 8
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    group: int | None = None
+    group: Count | None = None
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
         return [cls(max(1, dim // 16), bits) for bits in (2, 3, 4, 5)]
 
     def check(self, dim: int, vocab: int) -> None:
-        if not 1 <= self.rank <= min(dim, vocab):
+        if self.rank > min(dim, vocab):
             raise ValueError(
                 f"low_rank_residual asked for rank {self.rank}; 1 to {min(dim, vocab)} are possible"
             )

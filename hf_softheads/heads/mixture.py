@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.forms.wrapper import WrapperHead, WrapperSpec
+from hf_softheads.registry import Count, CountOrZero, NotNegative
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -30,9 +31,9 @@ class Mixture(WrapperSpec, name="mixture"):
         seed: of the noise.
     """
 
-    components: int = 4
-    noise: float = 0.01
-    seed: int = 0
+    components: Count = 4
+    noise: NotNegative = 0.01
+    seed: CountOrZero = 0
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -41,14 +42,6 @@ class Mixture(WrapperSpec, name="mixture"):
     @classmethod
     def lossless(cls, dim: int, vocab: int) -> HeadSpec | None:
         return None  # the logits of a mixture are log-probabilities: the distribution is the same, the shift is not
-
-    def check(self, dim: int, vocab: int) -> None:
-        if self.components < 1 or self.noise < 0:
-            raise ValueError(
-                f"mixture asked for {self.components} components and noise {self.noise}; "
-                "at least 1 component and noise ≥ 0 are possible"
-            )
-        super().check(dim, vocab)
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> MixtureHead:
         inner = self.inner.module(dim, vocab, bias=bias)

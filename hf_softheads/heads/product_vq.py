@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from hf_softheads.heads.forms.trainable_codes import Additive
 from hf_softheads.kernels import select
 from hf_softheads.kernels.dense import dense_score
 from hf_softheads.kernels.product_vq import make_tiles, product_vq_scores
+from hf_softheads.registry import Bounds, Count, CountOrZero
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -49,10 +50,10 @@ class ProductVQ(HeadSpec, name="product_vq"):
         seed: of k-means and of the signs.
     """
 
-    groups: int
-    codes: int = 256
+    groups: Count
+    codes: Annotated[int, Bounds(at_least=2, at_most=256)] = 256
     rotation: Literal["learned", "structured", "none"] = "learned"
-    seed: int = 0
+    seed: CountOrZero = 0
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -64,7 +65,7 @@ class ProductVQ(HeadSpec, name="product_vq"):
         return cls(dim, codes=256) if vocab <= 256 else None
 
     def check(self, dim: int, vocab: int) -> None:
-        if self.groups < 1 or dim % self.groups:
+        if dim % self.groups:
             valid = [g for g in range(1, dim + 1) if dim % g == 0]
             raise ValueError(
                 f"product_vq asked for {self.groups} groups of {dim} columns; they must divide it: {valid}"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_softheads.bitpack import PARTS, pack_bits, unpack_bits
-from hf_softheads.heads.base import HeadSpec, index_dtype
+from hf_softheads.bitpack import PARTS, index_dtype, pack_bits, unpack_bits
+from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.fit.blockwise import blocks, progress
 from hf_softheads.heads.fit.gptq import nearest_code, round_through, round_with_feedback
 from hf_softheads.heads.fit.hessian import local_moments
@@ -18,6 +18,7 @@ from hf_softheads.heads.fit.kmeans import Rows, require_finite
 from hf_softheads.heads.forms.kernel_rows import KernelRowsHead
 from hf_softheads.kernels.onednn import int8_packed, int8_scores, why_no_int8
 from hf_softheads.kernels.quantized import quantized_scores
+from hf_softheads.registry import Count, CountOrZero
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -43,25 +44,21 @@ class Quantized(HeadSpec, name="quantized"):
     """
 
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    group: int | None = None
-    frequent: int = 0
+    group: Count | None = None
+    frequent: CountOrZero = 0
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
         return [cls(bits) for bits in (2, 3, 4, 5, 6, 8)]
 
     def check(self, dim: int, vocab: int) -> None:
-        if self.bits not in PARTS or self.bits in (1, 7):
-            raise ValueError(
-                f"quantized asked for {self.bits} bits; 2, 3, 4, 5, 6 and 8 are possible"
-            )
-        if self.group is not None and (self.group < 1 or dim % self.group):
+        if self.group is not None and dim % self.group:
             valid = [g for g in (16, 32, 64, 128, 256) if dim % g == 0]
             raise ValueError(
                 f"quantized asked for groups of {self.group} of {dim} columns; they must divide it: {valid}"
             )
 
-        if not 0 <= self.frequent < vocab:
+        if self.frequent >= vocab:
             raise ValueError(
                 f"quantized asked for 8 bits for {self.frequent} frequent tokens; 0 to {vocab - 1} are possible"
             )
@@ -182,6 +179,9 @@ class QuantizedHead(KernelRowsHead):
         self.register_buffer("bytes", empty)
         order = torch.arange(vocab).to(index_dtype(vocab)) if frequent else None
         self.register_buffer("tokens", order)
+
+    def index_limits(self) -> dict[str, int]:
+        return {} if self.tokens is None else {"tokens": self.out_features}
 
     def token_of_row(self) -> Tensor | None:
         tokens = self.tokens

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import HeadSpec, index_dtype
+from hf_softheads.bitpack import index_dtype
+from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.fit.additive_codes import refine_codes
 from hf_softheads.heads.fit.blockwise import blocks, progress
 from hf_softheads.heads.fit.hessian import local_moments, metric_root
 from hf_softheads.heads.fit.kmeans import kmeans, require_finite, weighted_means
 from hf_softheads.heads.forms.streamed_rows import RowsHead
 from hf_softheads.heads.forms.trainable_codes import Additive
+from hf_softheads.registry import Bounds, Count, CountOrZero
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -41,10 +43,10 @@ class ResidualVQ(HeadSpec, name="residual_vq"):
         seed: of k-means.
     """
 
-    stages: int = 4
-    codes: int = 256
-    beam: int = 8
-    seed: int = 0
+    stages: Count = 4
+    codes: Annotated[int, Bounds(at_least=2)] = 256
+    beam: Count = 8
+    seed: CountOrZero = 0
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -52,10 +54,9 @@ class ResidualVQ(HeadSpec, name="residual_vq"):
         return [cls(stages, codes) for stages in (1, 2, 4, 8)]
 
     def check(self, dim: int, vocab: int) -> None:
-        if self.stages < 1 or not 2 <= self.codes <= vocab or self.beam < 1:
+        if self.codes > vocab:
             raise ValueError(
-                f"residual_vq asked for {self.stages} stages of {self.codes} codes and a beam of {self.beam}; "
-                f"at least 1 stage, 2 to {vocab} codes and a beam of at least 1 are possible"
+                f"residual_vq asked for {self.codes} codes a stage; 2 to {vocab} are possible"
             )
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> ResidualVQHead:
@@ -210,6 +211,9 @@ class ResidualVQHead(RowsHead):
             return (self.codes.long() + shift).T.int().contiguous()
 
         return self._derived("index", build, self.codes)
+
+    def index_limits(self) -> dict[str, int]:
+        return {"codes": self.weight.shape[1]}
 
     def code_table(self) -> tuple[Tensor, int]:
         return self.codes.long(), self.weight.shape[1]

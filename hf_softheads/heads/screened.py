@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -9,17 +11,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.heads.base import Head, HeadSpec, LogitTransform
 from hf_softheads.heads.dense import Dense
 from hf_softheads.heads.fit.blockwise import over_states, scores_of
+from hf_softheads.heads.forms.token_numbers import of_logits
 from hf_softheads.kernels import select
 from hf_softheads.kernels.screened import largest, logsumexp
+from hf_softheads.registry import Count
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
 
 STATES = 2048  # hidden states that calibrate the tail
 _NEWTON = 12
+_EXACT = 1e-5  # nats by which the calibrated level may differ
+_STEP = 1e-2  # of the difference quotient
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Screened(HeadSpec, name="screened"):
     """
 
     screen: HeadSpec
-    candidates: int
+    candidates: Count
     inner: HeadSpec = field(default_factory=Dense)
 
     @classmethod
@@ -55,7 +61,7 @@ class Screened(HeadSpec, name="screened"):
         return cls(LowRank(1), vocab)
 
     def check(self, dim: int, vocab: int) -> None:
-        if not 1 <= self.candidates <= vocab:
+        if self.candidates > vocab:
             raise ValueError(
                 f"{self.name} asked for {self.candidates} candidates; 1 to {vocab} are possible"
             )
@@ -112,6 +118,16 @@ class ScreenedHead(Head):
         def chunk(h: Tensor, y: Tensor) -> Tensor:
             z = transform(self._mixed(h))
             return z.gather(-1, y.unsqueeze(-1)).squeeze(-1) - z.logsumexp(-1)
+
+        return self._in_chunks(chunk, hidden, labels, width=self._width)
+
+    def token_numbers(
+        self, hidden: Tensor, labels: Tensor, temperature: float, moments: bool
+    ) -> Tensor:
+        transform = self._known_transform()
+
+        def chunk(h: Tensor, y: Tensor) -> Tensor:
+            return of_logits(transform(self._mixed(h)) / temperature, y, moments)
 
         return self._in_chunks(chunk, hidden, labels, width=self._width)
 
@@ -208,25 +224,37 @@ class ScreenedHead(Head):
         def true(h: Tensor) -> Tensor:
             return transform(scores_of(h, weight, bias)).logsumexp(-1)
 
-        def masses(h: Tensor) -> Tensor:
+        def masses(h: Tensor, shift: float = 0.0) -> Tensor:
             previews = self.screen.scores(h).float()
             tokens = previews.topk(self.candidates, -1).indices
             exact = transform(self.inner.score(h, tokens)).logsumexp(-1)
-            tail = transform(previews).scatter(-1, tokens, -torch.inf)
+            tail = transform(previews + shift).scatter(-1, tokens, -torch.inf)
             return torch.stack([exact, tail.logsumexp(-1)], 1)
 
-        wanted = over_states(true, states, len(weight), "all tokens").mean()
-        known, tail = over_states(masses, states, self._width, "tail of the screen").unbind(1)
+        wanted = over_states(true, states, len(weight), "all tokens").double().mean()
+        found = over_states(masses, states, self._width, "tail of the screen")
+        known, tail = found.double().unbind(1)
         if not bool(tail.isfinite().any()):
             return  # every token is a candidate
-        shift = torch.zeros((), device=tail.device)
-        for _ in range(
-            _NEWTON
-        ):  # the mean of log(e^known + e^(tail + shift)) is smooth and rises with shift
-            found = torch.logaddexp(known, tail + shift)
-            slope = (tail + shift - found).exp().mean().clamp_min(1e-3)
-            shift = shift + ((wanted - found.mean()) / slope).clamp(-2, 2)
-        self.weight.fill_(float(shift))
+        scale = LogitTransform().scale if self.transform is None else self.transform.scale
+
+        def level(shift: float) -> float:
+            moved = tail + scale * shift if scale is not None else measured(shift)
+            return float(torch.logaddexp(known, moved).mean())
+
+        def measured(shift: float) -> Tensor:  # a soft cap moves every score by something else
+            part = functools.partial(masses, shift=shift)
+            return over_states(part, states, self._width, "tail of the screen")[:, 1].double()
+
+        shift = 0.0
+        for _ in range(_NEWTON):  # the level is smooth and monotonic in the shift
+            here = level(shift)
+            if abs(missing := float(wanted) - here) < _EXACT:
+                break
+            slope = (level(shift + _STEP) - here) / _STEP
+            step = missing / math.copysign(max(abs(slope), 1e-3), slope)
+            shift += min(max(step, -2.0), 2.0)
+        self.weight.fill_(shift)
 
     @property
     def bytes_read(self) -> int:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import Head, HeadSpec, index_dtype
+from hf_softheads.bitpack import index_dtype
+from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.fit.blockwise import best_scale, in_chunks, over_states
 from hf_softheads.heads.forms.wrapper import WrapperHead, WrapperSpec
+from hf_softheads.registry import Count
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -50,15 +52,15 @@ class SDM(WrapperSpec, name="sdm"):
         neighbours: the largest q.
     """
 
-    exemplars: int = 2048
-    neighbours: int = 16
+    exemplars: Count = 2048
+    neighbours: Count = 16
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
         return [cls(exemplars=128, neighbours=8)]
 
     def check(self, dim: int, vocab: int) -> None:
-        if not 1 <= self.neighbours <= self.exemplars:
+        if self.neighbours > self.exemplars:
             raise ValueError(
                 f"sdm asked for {self.neighbours} neighbours among {self.exemplars} exemplars; at least 1 neighbour "
                 "and no more than exemplars are possible"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.forms.wrapper import WrapperHead, WrapperSpec
+from hf_softheads.registry import Bounds
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -25,7 +26,7 @@ class Sigsoftmax(WrapperSpec, name="sigsoftmax"):
     as the plain softmax and learns α, the parameter `weight`.
     """
 
-    alpha: float = 1.0
+    alpha: Annotated[float, Bounds(at_least=0, at_most=10)] = 1.0
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -34,11 +35,6 @@ class Sigsoftmax(WrapperSpec, name="sigsoftmax"):
     @classmethod
     def lossless(cls, dim: int, vocab: int) -> HeadSpec:
         return cls(alpha=0.0)
-
-    def check(self, dim: int, vocab: int) -> None:
-        if not 0 <= self.alpha <= 10:
-            raise ValueError(f"sigsoftmax asked for alpha {self.alpha}; 0 to 10 are possible")
-        super().check(dim, vocab)
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> SigsoftmaxHead:
         return SigsoftmaxHead(dim, vocab, self.inner.module(dim, vocab, bias=bias))

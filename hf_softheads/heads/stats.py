@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,7 +16,17 @@ from torch import Tensor
 from hf_softheads.files import replacing
 
 FORMAT = 1
+_SMOOTHING = 0.1
 TOKENS_PER_DIM = 16  # below which a fit in the metric of the hidden states is doubtful
+
+
+def softmax_curvature(probabilities: Tensor) -> Tensor:
+    """`p̃ (1 - p̃)`, `p̃ = 0.9 p + 0.1 / V`: `(S, V)` probabilities, which are overwritten → `(S, V)`.
+
+    How much an error of a logit matters to the loss; smoothed, so that rare tokens matter too.
+    """
+    p = probabilities.mul_(1 - _SMOOTHING).add_(_SMOOTHING / probabilities.shape[-1])
+    return p * (1 - p)
 
 
 @dataclass(frozen=True)
@@ -64,18 +75,24 @@ class HeadStats:
         return self.second_moment - torch.outer(self.mean, self.mean)
 
     def check(self, dim: int, vocab: int, least: int = 0) -> None:
-        """Raise ValueError unless these statistics fit a head `(vocab, dim)`; warn if they saw too few tokens, or less
-        than `least`."""
+        """Raise ValueError unless these statistics are finite and of a head `(vocab, dim)`; warn if they saw too few
+        tokens, or less than `least`."""
         if (self.dim, self.vocab) != (dim, vocab):
             raise ValueError(
                 f"these statistics are of a model with hidden size {self.dim} and {self.vocab} tokens, the head "
                 f"has hidden size {dim} and {vocab} tokens; run sh.collect on this model"
             )
+        for entry in fields(self):
+            tensor = getattr(self, entry.name)
+            if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"these statistics hold NaN or infinite values in {entry.name}; run sh.collect again on this model"
+                )
         if self.tokens < (needed := max(least, TOKENS_PER_DIM * dim)):
             warnings.warn(
                 f"these statistics saw {self.tokens:,} tokens; to be dependable for hidden states of size {dim} "
                 f"they need about {needed:,}: run sh.collect on more text",
-                stacklevel=3,
+                stacklevel=_users_level(),
             )
 
     def save(self, path: str | Path) -> None:
@@ -107,3 +124,14 @@ class HeadStats:
         return cls(
             **tensors, tokens=int(header["tokens"]), provenance=json.loads(header["provenance"])
         )
+
+
+def _users_level() -> int:
+    """The `stacklevel` at which a warning of this module points to the line outside the package that led to it."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "hf_softheads",
+        "torch",  # torch.no_grad as a decorator
+    ):
+        frame, level = frame.f_back, level + 1
+    return level

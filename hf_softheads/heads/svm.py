@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.fit.blockwise import in_chunks, minimize_scalar_convex
 from hf_softheads.heads.forms.wrapper import WrapperHead, WrapperSpec
+from hf_softheads.registry import Positive
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -31,7 +32,7 @@ class SVM(WrapperSpec, name="svm"):
         scale: a fixed start of `weight` instead of the fitted one, which needs `HeadStats`; 1 is the inner head.
     """
 
-    scale: float | None = None
+    scale: Positive | None = None
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -40,11 +41,6 @@ class SVM(WrapperSpec, name="svm"):
     @classmethod
     def lossless(cls, dim: int, vocab: int) -> HeadSpec:
         return cls(scale=1.0)
-
-    def check(self, dim: int, vocab: int) -> None:
-        if self.scale is not None and not self.scale > 0:
-            raise ValueError(f"svm asked for scale {self.scale}; positive numbers are possible")
-        super().check(dim, vocab)
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> SVMHead:
         return SVMHead(dim, vocab, self.inner.module(dim, vocab, bias=bias))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.forms.wrapper import WrapperHead, WrapperSpec
+from hf_softheads.registry import Bounds, Count
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -30,9 +31,9 @@ class Temperature(WrapperSpec, name="temperature"):
         low, high: bounds of the temperature, with 1 between them.
     """
 
-    width: int = 64
-    low: float = 0.5
-    high: float = 2.0
+    width: Count = 64
+    low: Annotated[float, Bounds(above=0, below=1)] = 0.5
+    high: Annotated[float, Bounds(above=1)] = 2.0
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -41,14 +42,6 @@ class Temperature(WrapperSpec, name="temperature"):
     @classmethod
     def lossless(cls, dim: int, vocab: int) -> HeadSpec:
         return cls()
-
-    def check(self, dim: int, vocab: int) -> None:
-        if self.width < 1 or not 0 < self.low < 1 < self.high:
-            raise ValueError(
-                f"temperature asked for width {self.width} and bounds {self.low}, {self.high}; "
-                "width ≥ 1 and 0 < low < 1 < high are possible"
-            )
-        super().check(dim, vocab)
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> TemperatureHead:
         inner = self.inner.module(dim, vocab, bias=bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from hf_softheads.heads.fit.kmeans import require_finite
 from hf_softheads.heads.forms.kernel_rows import KernelRowsHead
 from hf_softheads.kernels.quantized import quantized_scores
 from hf_softheads.kernels.transform_coded import Plane, Tiles, make_tiles, transform_coded_scores
+from hf_softheads.registry import Bounds, Count, Positive
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -47,9 +48,9 @@ class TransformCoded(HeadSpec, name="transform_coded"):
         tiers: number of token classes, each twice as large as the one before.
     """
 
-    bits: float
-    rank: int | None = None
-    tiers: int = 8
+    bits: Positive
+    rank: Count | None = None
+    tiers: Annotated[int, Bounds(at_least=1, at_most=16)] = 8
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -57,10 +58,8 @@ class TransformCoded(HeadSpec, name="transform_coded"):
         return [cls(bits=round(fixed + bits, 2)) for bits in (0.5, 1.0, 2.0, 3.0, 4.0)]
 
     def check(self, dim: int, vocab: int) -> None:
-        if self.rank is not None and not 1 <= self.rank <= dim:
+        if self.rank is not None and self.rank > dim:
             raise ValueError(f"transform_coded asked for rank {self.rank}; 1 to {dim} are possible")
-        if not 1 <= self.tiers <= 16:
-            raise ValueError(f"transform_coded asked for {self.tiers} tiers; 1 to 16 are possible")
         least = self._overhead(dim, vocab) * 8 / (dim * vocab)
         if not least < self.bits <= 9 + least:
             raise ValueError(
@@ -215,6 +214,9 @@ class TransformCodedHead(KernelRowsHead):
         ends = [max(1, math.ceil(vocab / 2 ** (tiers - 1 - t))) for t in range(tiers)]
         self.ranges = list(zip([0, *ends[:-1]], ends, strict=True))
 
+    def index_limits(self) -> dict[str, int]:
+        return {"bits": 9}
+
     def token_of_row(self) -> Tensor:
         return self._derived(
             "order", lambda: (self.tier_gain & 15).argsort(stable=True), self.tier_gain
@@ -278,14 +280,20 @@ class TransformCodedHead(KernelRowsHead):
         )
 
     def rows(self, which: slice | Tensor) -> Tensor:
-        assert isinstance(which, slice)  # `blocks` never crosses a tier
-        start, stop = which.start, which.stop
-        tier = next(t for t, (first, last) in enumerate(self.ranges) if first <= start < last)
-        if self.latent is None:
-            codes = self._unpack(tier, start, stop)
+        tier: int | Tensor
+        if isinstance(which, slice):  # `blocks` never crosses a tier
+            tier = next(t for t, ends in enumerate(self.ranges) if which.start < ends[1])
         else:
+            last = torch.tensor([stop for _, stop in self.ranges[:-1]], device=which.device)
+            tier = torch.bucketize(which, last, right=True)
+        if self.latent is not None:
             codes = round_through(self.latent[which], 2.0 ** self.bits[tier] - 1)
-        rows = (codes * self.scale[tier] + self.offset[tier]) * self.gain()[start:stop, None]
+        elif isinstance(which, slice):
+            codes = self._unpack(int(tier), which.start, which.stop)
+        else:
+            assert isinstance(tier, Tensor)
+            codes = self._gather(which, tier)
+        rows = (codes * self.scale[tier] + self.offset[tier]) * self.gain()[which].unsqueeze(-1)
         return F.pad(rows, (0, 1), value=1.0)
 
     def unpacked(self) -> Tensor:
@@ -317,6 +325,20 @@ class TransformCodedHead(KernelRowsHead):
             values = unpack(packed[:, begin:end], plane.width, stop - start)
             codes[plane.columns] += values.float() * 2**plane.shift
         return codes.T
+
+    def _gather(self, which: Tensor, tier: Tensor) -> Tensor:
+        """Codes of single rows, `(n, K)` fp32."""
+        codes = torch.zeros(len(which), len(self.weight), device=self.codes.device)
+        for t, (first, _) in enumerate(self.ranges):
+            mine = (tier == t).nonzero().flatten()
+            row = which[mine] - first
+            for plane in self.planes()[t] if len(mine) else ():
+                packed = self.codes[plane.start : plane.stop].view(len(plane.columns), -1)
+                each = 8 // plane.width
+                bits = packed[:, row // each].T >> ((row % each) * plane.width)[:, None].byte()
+                values = (bits & (2**plane.width - 1)).float() * 2**plane.shift
+                codes[mine[:, None], plane.columns] += values
+        return codes
 
     def notes(self) -> list[str]:
         used = (self.bits > 0).float().mean(1).tolist()

@@ -14,6 +14,7 @@ from hf_softheads.heads.fit.kmeans import require_finite, weighted_means
 from hf_softheads.heads.fit.perplexity_floor import measure_floor
 from hf_softheads.heads.fit.token_to_code import initial_map
 from hf_softheads.heads.forms.vq_module import VQHead
+from hf_softheads.registry import Count, CountOrZero
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -41,12 +42,12 @@ class VQ(HeadSpec, name="vq"):
         seed: of k-means and of the random map.
     """
 
-    codes: int
+    codes: Count
     init: Literal["kmeans", "random", "contiguous"] = "kmeans"
     bias: Literal["none", "prior", "fitted"] = "none"
-    singletons: int = 0
+    singletons: CountOrZero = 0
     metric: Literal["euclidean", "activation"] = "euclidean"
-    seed: int = 0
+    seed: CountOrZero = 0
 
     @classmethod
     def repaired(cls, codes: int, seed: int = 0) -> VQ:
@@ -58,11 +59,11 @@ class VQ(HeadSpec, name="vq"):
         return [cls.repaired(vocab // part) for part in (64, 32, 16, 8, 4) if vocab > part]
 
     def check(self, dim: int, vocab: int) -> None:
-        if not 1 <= self.codes < vocab:
+        if self.codes >= vocab:
             raise ValueError(
                 f"vq asked for {self.codes} codes for {vocab} tokens; 1 to {vocab - 1} are possible"
             )
-        if not 0 <= self.singletons < self.codes:
+        if self.singletons >= self.codes:
             raise ValueError(
                 f"vq asked for {self.singletons} singleton codes of {self.codes}; "
                 f"0 to {self.codes - 1} are possible, the rest of the tokens shares what is left"

@@ -37,6 +37,11 @@ class KernelUnavailable(RuntimeError):
     """A kernel could not be built here, or does not fit what it was asked for; the message says why."""
 
 
+def cache_folder() -> Path:
+    """Where compiled kernels are kept; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_softheads"
+
+
 @functools.cache
 def load(name: str, instructions: str = "native") -> ctypes.CDLL:
     """The compiled `cpp/name.cpp`.
@@ -46,11 +51,10 @@ def load(name: str, instructions: str = "native") -> ctypes.CDLL:
     """
     source = Path(__file__).parent / "cpp" / f"{name}.cpp"
     flags = [*_FLAGS, *INSTRUCTIONS[instructions]]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_softheads"
     identity = repr((flags, os.environ.get("CXX"), torch.__version__, _processor())).encode()
     code = b"".join(file.read_bytes() for file in [source, *sorted(source.parent.glob("*.hpp"))])
     digest = hashlib.sha256(code + identity).hexdigest()[:16]
-    target = cache / f"{name}-{digest}.so"
+    target = cache_folder() / f"{name}-{digest}.so"
     compiler = os.environ.get("CXX", "c++")
     if not target.exists() and shutil.which(compiler) is None:
         raise KernelUnavailable(f"no C++ compiler ({compiler}; the variable CXX names another)")
@@ -61,6 +65,8 @@ def load(name: str, instructions: str = "native") -> ctypes.CDLL:
     except (OSError, RuntimeError, ImportError) as error:
         lines = [line.strip() for line in str(error).splitlines()]  # mostly command lines
         told = next((line for line in lines if "error:" in line), lines[0])
+        if isinstance(error, ModuleNotFoundError):
+            told = f"{error.name} is not installed; run `pip install {error.name}`"
         raise KernelUnavailable(f"could not build {source.name}: {told[:300]}") from error
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_softheads.losses.base import LossSpec, kl_divergence, with_teacher
+from hf_softheads.registry import Bounds
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,9 @@ class AKL(LossSpec, name="akl"):
     gathered; the weights carry no gradient. Forward KL fits the head first, reverse KL the tail.
     """
 
-    mass: float = 0.5
+    mass: Annotated[float, Bounds(above=0, below=1)] = 0.5
 
     needs_teacher: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.mass < 1:
-            raise ValueError(f"akl.mass must be between 0 and 1, got {self.mass}")
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         t = with_teacher(self, teacher).log_softmax(-1)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
 from hf_softheads.registry import Spec
 
 LogitStatistic = Literal["log_prob", "logsumexp", "target", "mean", "mean_square"]
+Divergence = Literal["forward", "reverse"]  # KL(teacher ‖ student), KL(student ‖ teacher)
+
+
+class Probabilities(NamedTuple):
+    """Of some tokens, `(N, width)`, with their logarithms."""
+
+    log: Tensor
+    p: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,43 @@ class SampledLoss(LossSpec):
 
 
 @dataclass(frozen=True)
+class DivergenceLoss(LossSpec):
+    """A distillation loss `τ² D(s, t)` with `s, t = softmax(student / τ), softmax(teacher / τ)`, where D is a function
+    of a few sums over the vocabulary.
+
+    The sums can be found in blocks of the vocabulary, so that neither the student's nor the teacher's `(N, V)` logits
+    are ever made. `equals`: the Kullback–Leibler divergence that D is, which the same walk over the vocabulary finds as
+    the normalisers; None for any other D, which takes one more walk.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    equals: ClassVar[Divergence | None] = None
+
+    @property
+    def temperature(self) -> float:
+        """τ: a field of the variant."""
+        raise NotImplementedError
+
+    def terms(self, s: Probabilities, t: Probabilities) -> tuple[Tensor, ...]:
+        """What is summed over the vocabulary, `(N, width)` each, for the tokens given."""
+        raise NotImplementedError
+
+    def from_sums(self, sums: tuple[Tensor, ...]) -> Tensor:
+        """The sums of the terms over all tokens, `(N,)` each, to D `(N,)`."""
+        return sums[0]
+
+    def gradient(self, s: Probabilities, t: Probabilities, sums: tuple[Tensor, ...]) -> Tensor:
+        """`∂D / ∂(student / τ)` for the tokens given, `(N, width)`; `sums` are `(N, 1)`."""
+        raise NotImplementedError
+
+    def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
+        t = (with_teacher(self, teacher) / self.temperature).log_softmax(-1)
+        s = (logits / self.temperature).log_softmax(-1)
+        terms = self.terms(Probabilities(s, s.exp()), Probabilities(t, t.exp()))
+        return self.from_sums(tuple(term.sum(-1) for term in terms)) * self.temperature**2
+
+
+@dataclass(frozen=True)
 class HiddenLoss(LossSpec):
     """A distillation loss between last hidden states; it looks at no logits and needs another model as teacher."""
 
@@ -119,10 +164,3 @@ def with_teacher(loss: LossSpec, teacher: Tensor | None) -> Tensor:
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """`Σ_v p_v (log p_v − log q_v)` from log-probabilities `(N, V)`, to `(N,)`."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def check_positive(loss: str, **fields: float) -> None:
-    """ValueError unless every field is a positive number."""
-    for field, value in fields.items():
-        if not value > 0:
-            raise ValueError(f"{loss}.{field} must be positive, got {value}")

@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from hf_softheads.losses.base import LossSpec, check_positive, kl_divergence, with_teacher
+from hf_softheads.losses.base import DivergenceLoss, Probabilities
+from hf_softheads.registry import Bounds, Positive
 
 
 @dataclass(frozen=True)
-class JSD(LossSpec, name="jsd"):
+class JSD(DivergenceLoss, name="jsd"):
     """`τ² (β KL(t‖m) + (1−β) KL(s‖m))` with `m = β t + (1−β) s`: bounded, between forward and reverse KL.
 
     GKD, 2306.13649. Divided by β it tends to the forward KL for β → 0.
     """
 
-    beta: float = 0.5
-    temperature: float = 1.0
+    beta: Annotated[float, Bounds(above=0, below=1, hint="the ends are kl and reverse_kl")] = 0.5
+    temperature: Positive = 1.0
 
-    needs_teacher: ClassVar[bool] = True
+    def terms(self, s: Probabilities, t: Probabilities) -> tuple[Tensor, ...]:
+        m = self._log_mixture(s, t)
+        return t.p * (t.log - m), s.p * (s.log - m)
 
-    def __post_init__(self) -> None:
-        check_positive("jsd", temperature=self.temperature)
-        if not 0 < self.beta < 1:
-            raise ValueError(
-                f"jsd.beta must be between 0 and 1, got {self.beta}; the ends are kl and reverse_kl"
-            )
+    def from_sums(self, sums: tuple[Tensor, ...]) -> Tensor:
+        return self.beta * sums[0] + (1 - self.beta) * sums[1]
 
-    def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
-        t = (with_teacher(self, teacher) / self.temperature).log_softmax(-1)
-        s = (logits / self.temperature).log_softmax(-1)
-        m = torch.logaddexp(t + math.log(self.beta), s + math.log(1 - self.beta))
-        divergence = self.beta * kl_divergence(t, m) + (1 - self.beta) * kl_divergence(s, m)
-        return divergence * self.temperature**2
+    def gradient(self, s: Probabilities, t: Probabilities, sums: tuple[Tensor, ...]) -> Tensor:
+        return (1 - self.beta) * s.p * (s.log - self._log_mixture(s, t) - sums[1])
+
+    def _log_mixture(self, s: Probabilities, t: Probabilities) -> Tensor:
+        return torch.logaddexp(t.log + math.log(self.beta), s.log + math.log(1 - self.beta))

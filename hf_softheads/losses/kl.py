@@ -8,22 +8,32 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_softheads.losses.base import LossSpec, check_positive, kl_divergence, with_teacher
+from hf_softheads.losses.base import (
+    Divergence,
+    DivergenceLoss,
+    Probabilities,
+    kl_divergence,
+    with_teacher,
+)
+from hf_softheads.registry import Positive
 
 
 @dataclass(frozen=True)
-class KL(LossSpec, name="kl"):
+class KL(DivergenceLoss, name="kl"):
     """`τ² Σ_v t_v log(t_v / s_v)` with `t, s = softmax(teacher / τ), softmax(student / τ)`; gradient `τ (s − t)`.
 
     Hinton et al., 1503.02531. It covers all of the teacher's mass, so it is the one to minimise for perplexity.
     """
 
-    temperature: float = 1.0
+    temperature: Positive = 1.0
 
-    needs_teacher: ClassVar[bool] = True
+    equals: ClassVar[Divergence | None] = "forward"
 
-    def __post_init__(self) -> None:
-        check_positive("kl", temperature=self.temperature)
+    def terms(self, s: Probabilities, t: Probabilities) -> tuple[Tensor, ...]:
+        return (t.p * (t.log - s.log),)
+
+    def gradient(self, s: Probabilities, t: Probabilities, sums: tuple[Tensor, ...]) -> Tensor:
+        return s.p - t.p
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         teacher = with_teacher(self, teacher)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from hf_softheads.losses.base import LogitStatistic, SummaryLoss
+from hf_softheads.registry import Bounds
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,9 @@ class LabelSmoothing(SummaryLoss, name="label_smoothing"):
     ranking of predictions by confidence.
     """
 
-    alpha: float = 0.1
+    alpha: Annotated[float, Bounds(at_least=0, at_most=1)] = 0.1
 
     needs: ClassVar[tuple[LogitStatistic, ...]] = ("log_prob", "logsumexp", "mean")
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"label_smoothing.alpha must be between 0 and 1, got {self.alpha}")
 
     def from_summary(self, numbers: Mapping[LogitStatistic, Tensor]) -> Tensor:
         uniform = numbers["logsumexp"] - numbers["mean"]

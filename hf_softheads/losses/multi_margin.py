@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from hf_softheads.losses.base import LossSpec, check_positive, pick
+from hf_softheads.losses.base import LossSpec, pick
+from hf_softheads.registry import Positive
 
 
 @dataclass(frozen=True)
@@ -16,13 +18,8 @@ class MultiMargin(LossSpec, name="multi_margin"):
     Crammer & Singer's support vector machine, averaged over the vocabulary as torch does. No density.
     """
 
-    margin: float = 1.0
-    power: int = 1
-
-    def __post_init__(self) -> None:
-        check_positive("multi_margin", margin=self.margin)
-        if self.power not in (1, 2):
-            raise ValueError(f"multi_margin.power must be 1 or 2, got {self.power}")
+    margin: Positive = 1.0
+    power: Literal[1, 2] = 1
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         excess = (self.margin - pick(logits, labels).unsqueeze(-1) + logits).clamp_min(0)

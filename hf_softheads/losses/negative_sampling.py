@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_softheads.losses.base import SampledLoss, check_positive
+from hf_softheads.losses.base import SampledLoss
 from hf_softheads.losses.sampled_softmax import Distribution, draw
+from hf_softheads.registry import Count
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,8 @@ class NegativeSampling(SampledLoss, name="negative_sampling"):
     Mikolov et al., 1310.4546 eq. 4. Not normalised and no density: for representations, or a screen.
     """
 
-    samples: int = 64
+    samples: Count = 64
     distribution: Distribution = "log_uniform"
-
-    def __post_init__(self) -> None:
-        check_positive("negative_sampling", samples=self.samples)
 
     def candidates(self, labels: Tensor, vocab: int) -> Tensor:
         return draw(self.samples, vocab, self.distribution, labels.device)

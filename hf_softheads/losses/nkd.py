@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_softheads.losses.base import LossSpec, check_positive, pick, with_teacher
+from hf_softheads.losses.base import LossSpec, pick, with_teacher
+from hf_softheads.registry import Positive
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,10 @@ class NKD(LossSpec, name="nkd"):
     Yang et al., 2303.13005. The second sum is a cross-entropy, so its least value is the entropy of t̂, not 0.
     """
 
-    gamma: float = 1.5
-    temperature: float = 1.0
+    gamma: Positive = 1.5
+    temperature: Positive = 1.0
 
     needs_teacher: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_positive("nkd", gamma=self.gamma, temperature=self.temperature)
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         teacher = with_teacher(self, teacher)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_softheads.losses.base import LossSpec, check_positive, pick
+from hf_softheads.losses.base import LossSpec, pick
+from hf_softheads.registry import Positive
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,7 @@ class NoisySoftmax(LossSpec, name="noisy_softmax"):
     least value that Cauchy–Schwarz allows.
     """
 
-    alpha: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_positive("noisy_softmax", alpha=self.alpha)
+    alpha: Positive = 0.1
 
     def per_token(
         self,

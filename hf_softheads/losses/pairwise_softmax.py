@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_softheads.losses.base import LossSpec, check_positive, pick
+from hf_softheads.losses.base import LossSpec, pick
+from hf_softheads.registry import Positive
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,8 @@ class PairwiseSoftmax(LossSpec, name="pairwise_softmax"):
     """
 
     activation: Literal["tanh", "relu", "atan"] = "tanh"
-    temperature: float = 1.0
-    outer: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_positive("pairwise_softmax", temperature=self.temperature, outer=self.outer)
+    temperature: Positive = 1.0
+    outer: Positive = 1.0
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         d = (logits - pick(logits, labels).unsqueeze(-1)) / self.temperature

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_softheads.losses.base import SampledLoss
+from hf_softheads.registry import Bounds, NotNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,11 @@ class PartialFC(SampledLoss, name="partial_fc"):
     head. No correction for the sampling: biased, for contrastive heads only.
     """
 
-    rate: float = 0.1
-    margin: float = 0.5
-    scale: float = 64.0
+    rate: Annotated[float, Bounds(above=0, at_most=1)] = 0.1
+    margin: NotNegative = 0.5
+    scale: Positive = 64.0
 
     cosine: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.rate <= 1:
-            raise ValueError(f"partial_fc.rate must be in (0, 1], got {self.rate}")
 
     def candidates(self, labels: Tensor, vocab: int) -> Tensor:
         order = torch.rand(vocab, device=labels.device)

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_softheads.losses.base import LossSpec, check_positive, with_teacher
+from hf_softheads.losses.base import LossSpec, with_teacher
+from hf_softheads.registry import Count, Positive
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,10 @@ class PLD(LossSpec, name="pld"):
     weight on the first choice it is cross-entropy. Ranked are the first `k` choices; the others count in every sum.
     """
 
-    temperature: float = 1.0
-    k: int = 1024
+    temperature: Positive = 1.0
+    k: Count = 1024
 
     needs_teacher: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_positive("pld", temperature=self.temperature, k=self.k)
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         teacher = with_teacher(self, teacher)

@@ -7,24 +7,23 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hf_softheads.losses.base import LossSpec, check_positive, kl_divergence, with_teacher
+from hf_softheads.losses.base import Divergence, DivergenceLoss, Probabilities
+from hf_softheads.registry import Positive
 
 
 @dataclass(frozen=True)
-class ReverseKL(LossSpec, name="reverse_kl"):
+class ReverseKL(DivergenceLoss, name="reverse_kl"):
     """`τ² Σ_v s_v log(s_v / t_v)` with `t, s = softmax(teacher / τ), softmax(student / τ)`.
 
     MiniLLM, 2306.08543. It avoids what the teacher finds unlikely, at the price of covering less of its mass.
     """
 
-    temperature: float = 1.0
+    temperature: Positive = 1.0
 
-    needs_teacher: ClassVar[bool] = True
+    equals: ClassVar[Divergence | None] = "reverse"
 
-    def __post_init__(self) -> None:
-        check_positive("reverse_kl", temperature=self.temperature)
+    def terms(self, s: Probabilities, t: Probabilities) -> tuple[Tensor, ...]:
+        return (s.p * (s.log - t.log),)
 
-    def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
-        t = (with_teacher(self, teacher) / self.temperature).log_softmax(-1)
-        s = (logits / self.temperature).log_softmax(-1)
-        return kl_divergence(s, t) * self.temperature**2
+    def gradient(self, s: Probabilities, t: Probabilities, sums: tuple[Tensor, ...]) -> Tensor:
+        return s.p * (s.log - t.log - sums[0])

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_softheads.losses.base import SampledLoss, check_positive
+from hf_softheads.losses.base import SampledLoss
+from hf_softheads.registry import Count
 
 Distribution = Literal["log_uniform", "uniform"]
 
@@ -23,11 +24,8 @@ class SampledSoftmax(SampledLoss, name="sampled_softmax"):
     the exact cross-entropy is the better choice.
     """
 
-    samples: int = 4096
+    samples: Count = 4096
     distribution: Distribution = "log_uniform"
-
-    def __post_init__(self) -> None:
-        check_positive("sampled_softmax", samples=self.samples)
 
     def candidates(self, labels: Tensor, vocab: int) -> Tensor:
         return draw(self.samples, vocab, self.distribution, labels.device)

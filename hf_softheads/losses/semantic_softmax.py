@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.losses.base import LossSpec, pick
+from hf_softheads.registry import CountOrZero, NotNegative
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class SemanticSoftmax(LossSpec, name="semantic_softmax"):
         ValueError: a level does not have one node per token.
     """
 
-    levels: tuple[tuple[int, ...], ...]
-    weights: tuple[float, ...] = ()
-    leaf: float = 1.0
+    levels: tuple[tuple[CountOrZero, ...], ...]
+    weights: tuple[NotNegative, ...] = ()
+    leaf: NotNegative = 1.0
 
     def __post_init__(self) -> None:
         if self.weights and len(self.weights) != len(self.levels):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_softheads.losses.base import LossSpec, check_positive
+from hf_softheads.losses.base import LossSpec
+from hf_softheads.registry import Count, Positive
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,8 @@ class SoftTopK(LossSpec, name="soft_top_k"):
         ValueError: `k` is not below the vocabulary's size.
     """
 
-    k: int = 32
-    alpha: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_positive("soft_top_k", k=self.k, alpha=self.alpha)
+    k: Count = 32
+    alpha: Positive = 1.0
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         if self.k >= logits.shape[-1]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_softheads.losses.base import LossSpec, check_positive, pick
+from hf_softheads.losses.base import LossSpec, pick
+from hf_softheads.registry import Count
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,7 @@ class SparseSoftmax(LossSpec, name="sparse_softmax"):
     2112.12433. Zero once the label leads the k best; for fine-tuning only, it spoils calibration and perplexity.
     """
 
-    k: int = 10
-
-    def __post_init__(self) -> None:
-        check_positive("sparse_softmax", k=self.k)
+    k: Count = 10
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         values, ids = logits.topk(min(self.k, logits.shape[-1]), -1)

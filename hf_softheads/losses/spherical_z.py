@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_softheads.losses.base import LogitStatistic, SummaryLoss, check_positive
+from hf_softheads.losses.base import LogitStatistic, SummaryLoss
+from hf_softheads.registry import Positive
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,10 @@ class SphericalZ(SummaryLoss, name="spherical_z"):
     two from `Σw` and `WᵀW` (1412.7091), `O(N D²)` instead of `O(N V D)`.
     """
 
-    a: float = 1.0
+    a: Positive = 1.0
     b: float = 0.0
 
     needs: ClassVar[tuple[LogitStatistic, ...]] = ("target", "mean", "mean_square")
-
-    def __post_init__(self) -> None:
-        check_positive("spherical_z", a=self.a)
 
     def from_summary(self, numbers: Mapping[LogitStatistic, Tensor]) -> Tensor:
         mean = numbers["mean"]

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_softheads.losses.base import LossSpec, check_positive, with_teacher
+from hf_softheads.losses.base import LossSpec, with_teacher
+from hf_softheads.registry import Count
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,9 @@ class TopKKL(LossSpec, name="top_k_kl"):
     would become over-confident.
     """
 
-    k: int = 64
+    k: Count = 64
 
     needs_teacher: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_positive("top_k_kl", k=self.k)
 
     def per_token(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         teacher = with_teacher(self, teacher)

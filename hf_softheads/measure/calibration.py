@@ -10,10 +10,9 @@ from tqdm import tqdm
 
 from hf_softheads import bridge
 from hf_softheads.heads.base import Head
-from hf_softheads.heads.stats import HeadStats
+from hf_softheads.heads.stats import HeadStats, softmax_curvature
 from hf_softheads.text.windows import windows
 
-_SMOOTHING = 0.1  # ε of p̃ in the curvature
 _CHUNK_ELEMENTS = 2**24  # probabilities held at once
 
 
@@ -40,7 +39,8 @@ def collect(
         states: how many hidden states to keep, sampled uniformly under `seed`.
 
     Raises:
-        ValueError: a model without a head, an already patched head, empty data.
+        TypeError: `model` is not a transformers model.
+        ValueError: a model without a head, an already patched head, empty data, tokens outside the vocabulary.
     """
     reader = bridge.SplitModel(model)
     if isinstance(reader.head, Head):
@@ -48,6 +48,7 @@ def collect(
             "this model's head is patched already; collect statistics from the original model"
         )
     rows = windows(data, tokenizer, window=window)
+    bridge.check_tokens(model, rows.input_ids, rows.labels)
     device = reader.head.weight.device
     vocab, dim = reader.head.weight.shape
     second = torch.zeros(dim, dim, dtype=torch.float64, device=device)
@@ -79,8 +80,7 @@ def collect(
                 p = reader.logits(part).softmax(-1)
                 mean_prob += p.sum(0, dtype=torch.float64)
                 weighted.addmm_(p.T, part.float())
-                p = p.mul_(1 - _SMOOTHING).add_(_SMOOTHING / vocab)
-                curvature += (p * (1 - p)).sum(0, dtype=torch.float64)
+                curvature += softmax_curvature(p).sum(0, dtype=torch.float64)
     finally:
         model.train(was_training)
     if not seen:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_softheads import bridge
-from hf_softheads.bridge import base_model
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.stats import HeadStats
 from hf_softheads.heads.transform_coded import TransformCoded
@@ -72,10 +71,12 @@ def choose(
             budget.
 
     Raises:
+        TypeError: `model` is not a transformers model.
         ValueError: not exactly one budget, statistics of another model or of fewer than 4 hidden states, or no
             candidate within the budget (the message names the smallest).
     """
-    path, dense = bridge.find_head(base_model(model))
+    base = bridge.transformers_model(model)
+    path, dense = bridge.find_head(base)
     bridge.check_linear(path, dense)
     weight: Tensor = dense.weight.detach()
     bias: Tensor | None = getattr(dense, "bias", None)
@@ -91,7 +92,7 @@ def choose(
         )
     held_out = stats.states[:count].to(weight.device)
     fitting = replace(stats, states=stats.states[count:], labels=stats.labels[count:])
-    transform = bridge.logit_transform(base_model(model))
+    transform = bridge.logit_transform(base)
     ladders = _ladders(dim, vocab, budget) if candidates is None else [list(candidates)]
     sized: list[tuple[float, HeadSpec]] = []
     smallest = math.inf

@@ -144,14 +144,17 @@ def diagnose(
         stats: whose token counts rank the tokens in `head.bands`; by default the batch's own.
 
     Raises:
-        ValueError: the model computes its attention itself, or reads fewer than 2 tokens.
+        TypeError: `model` is not a transformers model.
+        ValueError: the model computes its attention itself, a batch without tokens or with others than the model's, or
+            fewer than 2 tokens a row.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    given: dict[str, Any] = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-    given.pop("labels", None)
-    shape = next(v for k, v in given.items() if k in ("input_ids", "inputs_embeds")).shape[:2]
-    if shape[1] < 2:
-        raise ValueError(f"attention needs at least 2 tokens a row, got {shape[1]}")
+    base: Any = bridge.transformers_model(model)
+    given = _inputs(batch)
+    if "input_ids" in given:
+        bridge.check_tokens(base, given["input_ids"])
+    shape = given.get("input_ids", given.get("inputs_embeds")).shape[:2]  # type: ignore[union-attr]
+    if len(shape) < 2 or shape[1] < 2:
+        raise ValueError(f"attention needs rows (B, T) of at least 2 tokens, got {tuple(shape)}")
     layers = bridge.attention_layers(base)
     tallies = {index: Tally(renormalise) for index in layers}
     training = base.training
@@ -198,6 +201,20 @@ def diagnose(
         kurtosis=[s[2] for s in states],
         head=about_head,
     )
+
+
+def _inputs(batch: Any) -> dict[str, Any]:
+    """The keyword arguments of a model's forward that a batch stands for, without labels."""
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch}
+    given = dict(batch) if isinstance(batch, Mapping) else {}
+    if not any(isinstance(given.get(name), Tensor) for name in ("input_ids", "inputs_embeds")):
+        seen = f"the keys {list(given)}" if given else type(batch).__name__
+        raise ValueError(
+            f"diagnose reads a tensor of token ids (B, T), or a dictionary with input_ids; got {seen}"
+        )
+    given.pop("labels", None)
+    return given
 
 
 @dataclass(frozen=True)

@@ -86,13 +86,15 @@ def evaluate(
         stride: how far the window moves; default `window`.
 
     Raises:
-        ValueError: empty or too short data, a reference with another vocabulary.
+        TypeError: `model` is not a transformers model, or `reference` neither one nor a head.
+        ValueError: empty or too short data, tokens outside the vocabulary, a reference with another one.
     """
     reader = bridge.SplitModel(model)
     if window is None:
         config = bridge.text_config(model)
         window = min(getattr(config, "max_position_embeddings", None) or 1024, 1024)
     rows = windows(data, tokenizer, window=window, stride=stride)
+    bridge.check_tokens(model, rows.input_ids, rows.labels)
     teacher = None if reference is None else _Teacher(reference, reader)
     device = reader.head.weight.device
     sums = _Sums()
@@ -124,9 +126,10 @@ class _Teacher:
     """The reference, as a model of its own or as a head on the evaluated model's hidden states."""
 
     def __init__(self, reference: nn.Module, reader: bridge.SplitModel):
-        self.own = (
-            bridge.SplitModel(reference) if hasattr(reference, "get_output_embeddings") else None
+        head_alone = isinstance(reference, nn.Module) and not hasattr(
+            reference, "get_output_embeddings"
         )
+        self.own = None if head_alone else bridge.SplitModel(reference)
         self.reader, self.reference = reader, reference
         head = self.own.head if self.own else reference
         vocab = getattr(head, "out_features", reader.vocab)

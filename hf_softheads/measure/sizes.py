@@ -17,7 +17,7 @@ def head_sizes(head: Head) -> dict[str, dict[str, int]]:
             parameter.data = parameter.data.bfloat16()
     mine = {
         "parameters": half.n_parameters,
-        "nbytes": half.nbytes,
+        "nbytes": stored_bytes(head),
         "bytes_read": half.bytes_read,
         "flops": half.flops,
     }
@@ -40,8 +40,13 @@ def stored_bits(spec: HeadSpec, dim: int, vocab: int, *, bias: bool) -> float:
     spec.check(dim, vocab)
     with torch.device("meta"):
         head = spec.module(dim, vocab, bias=bias)
+    return 8 * stored_bytes(head) / (vocab * dim)
+
+
+def stored_bytes(head: Head) -> int:
+    """Bytes in a checkpoint whose parameters are bf16, but for those that the head keeps in fp32."""
     stored = 0
     for name, tensor in head.state_dict(keep_vars=True).items():
         half = tensor.is_floating_point() and name not in head.keep_in_fp32
         stored += tensor.numel() * (2 if half else tensor.element_size())
-    return 8 * stored / (vocab * dim)
+    return stored

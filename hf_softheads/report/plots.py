@@ -6,12 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-
 from hf_softheads.files import replacing
 
 _LEAST = 0.01  # per cent, the least loss that is drawn
@@ -19,11 +13,30 @@ _MARKERS = "osD^vP*X"
 _COLORS = [f"C{i}" for i in range(10)] + ["#222222", "#b8860b", "#006d5b", "#8b1a6b"]
 
 
+def pyplot() -> Any:
+    """matplotlib's pyplot, which draws into files: no screen is needed.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "plots need matplotlib; run `pip install matplotlib`", name=error.name
+        ) from error
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
 def plot_stages(stages: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> Path:
     """Perplexity of each stage of a retrofit as bars, with the mapping's floor and the dense model as lines."""
     names = [stage["name"] for stage in stages]
     values = [stage["perplexity"] for stage in stages]
-    figure, axes = plt.subplots(figsize=(7.2, 3.2), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7.2, 3.2), layout="constrained")
     colors = ["#4c566a", *["#5e81ac"] * (len(stages) - 1)]
     bars = axes.barh(names, values, color=colors)
     axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=4)
@@ -63,6 +76,9 @@ def plot_frontiers(
     panels: Sequence[tuple[Sequence[Mapping[str, Any]], str, str]], path: str | Path, title: str
 ) -> Path:
     """`plot_frontier` for several sizes side by side: `(points, x, xlabel)` of each; a variant looks alike in all."""
+    plt = pyplot()
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, columns = plt.subplots(
         1,
         len(panels),
@@ -112,12 +128,15 @@ def _save(figure: Any, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as fresh:
         figure.savefig(fresh, dpi=150)
-    plt.close(figure)
+    pyplot().close(figure)
     return path
 
 
 def plot_heads(maps: Mapping[str, Sequence[Sequence[float]]], path: str | Path, title: str) -> Path:
     """Heat maps side by side, each of one number per layer (down) and head (across)."""
+    plt = pyplot()
+    from matplotlib.ticker import MaxNLocator
+
     figure, panels = plt.subplots(
         1, len(maps), figsize=(3.4 * len(maps), 3.4), layout="constrained", squeeze=False
     )
@@ -135,6 +154,9 @@ def plot_heads(maps: Mapping[str, Sequence[Sequence[float]]], path: str | Path, 
 
 def plot_layers(lines: Mapping[str, Sequence[float]], path: str | Path, title: str) -> Path:
     """Numbers by layer on a logarithmic axis; 0 is the embedding."""
+    plt = pyplot()
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     for name, values in lines.items():
         axes.plot(range(len(values)), values, marker="o", ms=4, label=name)
@@ -149,7 +171,7 @@ def plot_layers(lines: Mapping[str, Sequence[float]], path: str | Path, title: s
 
 def plot_head(facts: Mapping[str, Any], path: str | Path) -> Path:
     """Spectra of logits and hidden states, and the loss by token frequency, of a `HeadDiagnostics` as a dictionary."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.6), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(9.0, 3.6), layout="constrained")
     for name, rank in (("spectrum", "effective_rank"), ("state_spectrum", "state_effective_rank")):
         values = [max(value, 1e-8) for value in facts[name]]
         what = "logits" if name == "spectrum" else "hidden states"
@@ -181,7 +203,7 @@ def plot_curves(
     curves: Mapping[str, Sequence[float]], path: str | Path, *, xlabel: str, ylabel: str, title: str
 ) -> Path:
     """Curves over shares from 0 to 1, evenly spaced."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(6.4, 4.0), layout="constrained")
     for name, values in curves.items():
         axes.plot([(i + 1) / len(values) for i in range(len(values))], values, label=name)
     axes.set_xlabel(xlabel)
@@ -197,7 +219,7 @@ def plot_curves(
 def plot_ratios(bars: Mapping[str, float], path: str | Path, xlabel: str, title: str) -> Path:
     """Horizontal bars, the longest on top, with a line at 1."""
     names = sorted(bars, key=lambda name: bars[name])
-    figure, axes = plt.subplots(figsize=(7.2, 0.8 + 0.24 * len(bars)), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7.2, 0.8 + 0.24 * len(bars)), layout="constrained")
     drawn = axes.barh(names, [bars[name] for name in names], color="#5e81ac")
     axes.bar_label(drawn, [f"{bars[name]:.2f}" for name in names], padding=4, fontsize=8)
     axes.axvline(1.0, color="#4c566a", lw=1)

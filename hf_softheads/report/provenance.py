@@ -56,15 +56,22 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        _git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # installed, it may lie in another repository
+        return _git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*command: str) -> str:
+    done = subprocess.run(
+        ["git", *command],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return done.stdout.strip()
 
 

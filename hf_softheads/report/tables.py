@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from hf_softheads.files import human_bytes as human_bytes
+
 
 @dataclass
 class Table:
@@ -36,12 +38,3 @@ class Table:
     def markdown(self) -> str:
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def human_bytes(count: float) -> str:
-    """1536 → '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError

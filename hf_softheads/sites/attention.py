@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from hf_softheads import bridge
 from hf_softheads.attention.base import AttentionSpec, AttentionVariant
 from hf_softheads.registry import spec_from_dict
 from hf_softheads.sites.base import Fitting, Part, Row, Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _DEFAULT = "sdpa"  # for a loaded model, which no longer knows what it had
 
@@ -128,8 +130,15 @@ def _layers(model: PreTrainedModel) -> dict[int, tuple[str, Any]]:
     """The layers whose softmax can be replaced.
 
     Raises:
-        ValueError: the family computes its attention itself.
+        ValueError: the family computes its attention itself, or the model is no language model.
     """
+    reads = bridge.modalities(model)
+    if "text" not in reads or (len(reads) > 1 and model.get_output_embeddings() is None):
+        raise ValueError(
+            f"{type(model).__name__} reads {' and '.join(reads)} and is no language model; attention can be replaced "
+            "in language models and text encoders"
+            + (", e.g. in its text tower alone" if "text" in reads else "")
+        )
     layers = bridge.attention_layers(model)
     if not layers or not model._can_set_attn_implementation():
         raise ValueError(

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from transformers import PreTrainedModel
-
 from hf_softheads.kernels import KernelUnavailable
 from hf_softheads.registry import spec_from_dict
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hf_softheads.heads.stats import HeadStats
 
 KernelMode = Literal["auto", "off", "require"]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from hf_softheads import bridge
 from hf_softheads.classifiers.base import PooledClassifier
 from hf_softheads.sites.base import Fitting, Part, Row, Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Classifier(Site):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_softheads import bridge
 from hf_softheads.heads.base import Head
 from hf_softheads.sites.base import Fitting, Part, Row, Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LMHead(Site):
@@ -35,6 +37,7 @@ class LMHead(Site):
         spec, weight = part.value, dense.weight
         bias: Tensor | None = getattr(dense, "bias", None)
         _check_matrix(path, weight, bias)
+        bridge.check_loaded(model, path, dense)
         bridge.check_linear(path, dense)
         vocab, dim = weight.shape
         spec.check(dim, vocab)
@@ -95,6 +98,7 @@ class LMHead(Site):
     def loaded(self, model: PreTrainedModel) -> None:
         head = bridge.active_head(model)
         if isinstance(head, Head):
+            head.check_indices()
             head.transform = bridge.logit_transform(model)
 
     def describe(self, model: PreTrainedModel, part: Part) -> tuple[Iterable[Row], list[str]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,9 +43,15 @@ def read(
     import datasets
 
     if path.is_file():
-        table = datasets.load_dataset(
-            _READERS[path.suffix], data_files=source, split="train", streaming=streaming
-        )
+        try:
+            with _quiet_datasets():
+                table = datasets.load_dataset(
+                    _READERS[path.suffix], data_files=source, split="train", streaming=streaming
+                )
+        except (datasets.exceptions.DatasetsError, ValueError) as error:
+            told = error.__cause__ or error  # datasets' own message names only its cache
+            reason = (str(told).strip() or type(told).__name__).splitlines()[0]
+            raise ValueError(f"{source} cannot be read as {path.suffix}: {reason}") from error
     elif path.suffix or source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no such file or folder: {source}")
     else:
@@ -51,18 +60,44 @@ def read(
     columns = table.column_names or list(next(iter(table)))
     if column not in columns:
         raise ValueError(
-            f"{source} has no text column {column!r}, its columns are {', '.join(columns)}; set text_column"
+            f"{source} has no text column {column!r}, its columns are {', '.join(columns)}; rename one of them, "
+            "or in a recipe set text_column"
         )
     return _some((example[column] for example in table), source)
 
 
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Without its log, which tells an error once more, and without progress bars in logs and pipes."""
+    from datasets.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    logger = logging.getLogger("datasets")
+    level, bars = logger.level, not are_progress_bars_disabled()
+    logger.setLevel(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            enable_progress_bars()
+
+
 def _text_of(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text (byte {error.start} is {path.read_bytes()[error.start]:#04x}); give a text file"
         ) from error
+    if "\0" in text:
+        raise ValueError(f"{path} is not text: it holds zero bytes; give a text file")
+    return text
 
 
 def _some(texts: Iterable[str], source: str) -> Iterator[str]:

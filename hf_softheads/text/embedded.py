@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NAME = "embedded"
 FOLDER = Path(__file__).parents[1] / "assets" / "tiny"
@@ -22,6 +21,8 @@ def load_embedded(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     Raises:
         FileNotFoundError: the package was installed without its assets.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     if not (FOLDER / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"the embedded model is not in {FOLDER}; reinstall the package, or make it with "

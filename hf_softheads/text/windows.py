@@ -63,7 +63,8 @@ def windows(
         stride: how far the window moves; default `window`, no overlap.
 
     Raises:
-        ValueError: no text, text without a tokenizer, fewer tokens than one window, a bad window or stride.
+        ValueError: no text, text without a tokenizer, fewer tokens than one window, a bad window or stride, a
+            dictionary without `input_ids`, tokens that are no whole numbers.
         FileNotFoundError: a path that does not exist.
     """
     stride = window if stride is None else stride
@@ -79,6 +80,8 @@ def windows(
         return _from_batches(data)
     if isinstance(data, list) and data and isinstance(data[0], Tensor):
         data = torch.cat([row.reshape(-1, row.shape[-1]) for row in data])
+    if isinstance(data, Tensor):
+        data = _ids(data)
     if isinstance(data, Tensor) and data.ndim == 2:
         return Windows(data, _all_but_first(data), torch.ones_like(data))
     stream, n_bytes = _stream(data, tokenizer)
@@ -103,7 +106,8 @@ def _stream(data: Any, tokenizer: Any) -> tuple[Tensor, int | None]:
 def _slide(stream: Tensor, n_bytes: int | None, window: int, stride: int) -> Windows:
     if len(stream) < window:
         raise ValueError(
-            f"the text has {len(stream)} tokens, less than one window of {window}; give more text or window=…"
+            f"the text has {len(stream)} tokens, less than one window of {window}; give at least "
+            f"{window - len(stream)} more, or a smaller window"
         )
     starts = list(range(0, len(stream) - window + 1, stride))
     if starts[-1] + window < len(stream):
@@ -120,12 +124,11 @@ def _slide(stream: Tensor, n_bytes: int | None, window: int, stride: int) -> Win
 
 
 def _from_batches(batches: Sequence[Mapping[str, Any]]) -> Windows:
+    batches = [_batch(batch) for batch in batches]
     width = max(batch["input_ids"].shape[-1] for batch in batches)
     parts: dict[str, list[Tensor]] = {"input_ids": [], "labels": [], "attention_mask": []}
     for batch in batches:
-        ids = torch.as_tensor(batch["input_ids"])
-        mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids)))
-        labels = batch.get("labels")
+        ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch.get("labels")
         if labels is None:
             before = torch.nn.functional.pad(mask, (1, 0))[
                 :, :-1
@@ -140,6 +143,38 @@ def _from_batches(batches: Sequence[Mapping[str, Any]]) -> Windows:
             parts[name].append(torch.nn.functional.pad(tensor, pad, value=fill))
     joined = {name: torch.cat(tensors) for name, tensors in parts.items()}
     return Windows(joined["input_ids"], joined["labels"], joined["attention_mask"])
+
+
+def _batch(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A batch's tensors `(B, T)`, with a mask."""
+    if batch.get("input_ids") is None:
+        raise ValueError(f"a batch is a dictionary with input_ids, got the keys {list(batch)}")
+    ids = _ids(batch["input_ids"])
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name in ("attention_mask", "labels"):
+        if batch.get(name) is not None:
+            found[name] = torch.as_tensor(batch[name])
+    if ids.ndim != 2 or any(tensor.shape != ids.shape for tensor in found.values()):
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in found.items())
+        raise ValueError(
+            f"a batch holds input_ids (B, T) and others of the same shape, got {shapes}"
+        )
+    return found
+
+
+def _ids(data: Any) -> Tensor:
+    """Token ids as a tensor `(T,)` or `(N, W)`."""
+    try:
+        ids = torch.as_tensor(data)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"token ids are a tensor of whole numbers, got {type(data).__name__} ({error})"
+        ) from error
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"token ids are whole numbers, got a tensor of {ids.dtype}")
+    if ids.ndim not in (1, 2) or not ids.numel():
+        raise ValueError(f"token ids are a tensor (T,) or (N, W), got {tuple(ids.shape)}")
+    return ids.long()
 
 
 def _all_but_first(ids: Tensor) -> Tensor:

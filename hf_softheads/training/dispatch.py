@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,24 +13,37 @@ from torch.utils.checkpoint import checkpoint
 from hf_softheads.bridge import Function
 from hf_softheads.heads.base import Head, LogitTransform
 from hf_softheads.heads.dense import DenseHead
-from hf_softheads.losses.base import HiddenLoss, LogitStatistic, LossSpec, SampledLoss, SummaryLoss
+from hf_softheads.losses.base import (
+    DivergenceLoss,
+    HiddenLoss,
+    LogitStatistic,
+    LossSpec,
+    SampledLoss,
+    SummaryLoss,
+)
 from hf_softheads.losses.noisy_softmax import NoisySoftmax
 from hf_softheads.training.fused_ce import fused_total
 from hf_softheads.training.logit_moments import moments
 from hf_softheads.training.token_chunks import OfTile, Scorer, candidate_logits, chunks, widened
-from hf_softheads.training.vocab_blocks import blocks
+from hf_softheads.training.two_heads import Divergences
+from hf_softheads.training.vocab_blocks import blocks, blocks_per_token
 
 
 class View(NamedTuple):
-    """The teacher on one batch: its scores from the student's (or its own) hidden states, what it does to them, and
-    its hidden states."""
+    """The teacher on one batch: its scores from the student's (or its own) hidden states, what it does to them, its
+    hidden states, and its head where that is a plain matrix."""
 
     scores: Callable[[Tensor, Tensor | None], Tensor | None]
     transform: LogitTransform
-    hidden: Tensor | None  # (n, D)
+    hidden: Tensor | None  # (n, Dt)
+    dense: Scorer | None
 
     def at(self, part: slice) -> Tensor | None:
         return None if self.hidden is None else self.hidden[part]
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """What its head takes, on a batch whose student has these hidden states."""
+        return hidden.detach() if self.hidden is None else self.hidden
 
     def logits(self, scores: Tensor | None) -> Tensor | None:
         """From its scores."""
@@ -41,7 +54,8 @@ class WeightedLosses:
     """`Σ weight · loss` of hidden states `(n, D)` under a head.
 
     A loss of a few numbers per token is computed in code space by a structured head, in blocks of the vocabulary or
-    from moments by a dense one; a sampled loss from its rows; all others from one walk over chunks of whole logits.
+    from moments by a dense one; a sampled loss from its rows; a divergence between two dense heads in blocks of both
+    vocabularies, where the memory does not hold all scores; all others from one walk over chunks of whole logits.
     """
 
     def __init__(
@@ -67,7 +81,7 @@ class WeightedLosses:
     ) -> Tensor:
         """`scale ·` the sum over tokens; `forward` is the head's own."""
         self.parts = {}
-        dense = self._dense(head)
+        dense = as_matrix(head, self.transform)
         later = 1.0
         if hidden.dtype == torch.float16:
             scale, later = 1.0, scale  # p / n would underflow: scaled in the backward pass, in fp32
@@ -81,8 +95,8 @@ class WeightedLosses:
             terms = [self._note(loss, each) * (self.losses[loss] * scale) for loss, each in values]
             return torch.stack(terms).sum()
 
-        def of_numbers(numbers: Mapping[LogitStatistic, Tensor]) -> Tensor:
-            return add((k, k.from_summary(numbers)) for k in whole if isinstance(k, SummaryLoss))
+        def of_numbers(numbers: Mapping[Any, Tensor]) -> Tensor:
+            return add((k, _from_numbers(k, numbers)) for k in whole)
 
         def of_chunk(chunk: slice) -> OfTile:
             h, y = hidden[chunk].detach(), labels[chunk]
@@ -103,22 +117,26 @@ class WeightedLosses:
             )
         if not whole:
             return total * later
-        needs: frozenset[LogitStatistic] = frozenset(
-            n for k in whole if isinstance(k, SummaryLoss) for n in k.needs
-        )
-        if not all(isinstance(k, SummaryLoss) for k in whole):
-            out = None
-        elif dense is not None and self._from_moments(dense, needs):
+        needs = _needs(whole)
+        summary = all(isinstance(k, SummaryLoss) for k in whole)
+        pair = self._pair(whole, hidden, dense, teacher) if torch.is_grad_enabled() else None
+        out: Tensor | None = None
+        if dense is not None and summary and self._from_moments(dense, needs):
             out = of_numbers(moments(hidden, labels, dense.weight, self.transform.scale or 1.0))
-        elif dense is not None:
-            elements = self._elements(hidden, 2**24 if hidden.device.type == "cpu" else 2**26)
+        elif dense is not None and (summary or pair is not None):
+            elements, memory = self._block(hidden, pair)
             out = blocks(
-                hidden, labels, dense, needs, of_numbers, elements=elements, memory=self.memory
+                hidden,
+                labels,
+                dense,
+                needs,
+                of_numbers,
+                elements=elements,
+                memory=memory,
+                divergences=pair,
             )
-        elif isinstance(head, Head) and _has_code_space(head, needs):
+        elif summary and isinstance(head, Head) and _has_code_space(head, needs):
             out = of_numbers(_code_space(head, hidden, labels, needs))
-        else:
-            out = None
         if out is None:
             trained = [p for p in head.parameters() if p.requires_grad]
             if dense is None:
@@ -126,8 +144,8 @@ class WeightedLosses:
                 out = chunks(hidden, trained, score, of_chunk, rows=rows)
             else:
                 distilled = any(k.needs_teacher for k in whole)
-                rows = self._elements(hidden) // self.vocab // (2 if distilled else 1)
-                out = chunks(hidden, trained, dense, of_chunk, rows=max(1, rows))
+                rows = self._dense_rows(hidden, teacher if distilled else None)
+                out = chunks(hidden, trained, dense, of_chunk, rows=rows)
         return (total + out) * later
 
     def per_token(
@@ -135,7 +153,25 @@ class WeightedLosses:
     ) -> Tensor:
         """The weighted sum of all losses per token, `(n,)`; logits are recomputed in the backward pass."""
         self.parts = {}
-        dense = self._dense(head)
+        dense = as_matrix(head, self.transform)
+        whole = [k for k in self.losses if not _needs_no_logits(k, head, dense)]
+        pair = self._pair(whole, hidden, dense, teacher)
+        if pair is not None and dense is not None and len(whole) == len(self.losses):
+
+            def combine(numbers: Mapping[Any, Tensor]) -> Tensor:
+                weighted = [_from_numbers(k, numbers) * w for k, w in self.losses.items()]
+                return torch.stack(weighted).sum(0)
+
+            elements, _ = self._block(hidden, pair)
+            return blocks_per_token(
+                hidden,
+                labels,
+                dense,
+                _needs(whole),
+                combine,
+                elements=elements,
+                divergences=pair,
+            )
 
         def chunk(h: Tensor, y: Tensor, start: int) -> Tensor:
             of_teacher = teacher.at(slice(start, start + len(h)))
@@ -208,6 +244,36 @@ class WeightedLosses:
     def _logits(self, forward: Function, hidden: Tensor) -> Tensor:
         return self.transform(widened(forward(hidden)))
 
+    def _pair(
+        self, losses: Sequence[LossSpec], hidden: Tensor, dense: Scorer | None, teacher: View
+    ) -> Divergences | None:
+        """The walk over the blocks of both heads; None where it is not possible, or not worth it.
+
+        The gradients of two chunks of tokens are summed in no other memory than their own, and no score is computed
+        twice.
+        """
+        divergences = [k for k in losses if isinstance(k, DivergenceLoss)]
+        others = [k for k in losses if not isinstance(k, DivergenceLoss | SummaryLoss)]
+        if not divergences or others or dense is None or teacher.dense is None:
+            return None
+        if len(hidden) <= 2 * self._dense_rows(hidden, teacher):
+            return None
+        return Divergences(divergences, teacher.dense, teacher.states(hidden))
+
+    def _block(self, hidden: Tensor, pair: Divergences | None) -> tuple[int, int]:
+        """How many scores of a head a block has, and how many bytes of blocks may be kept."""
+        most = 2**24 if hidden.device.type == "cpu" else 2**26
+        if pair is None:
+            return self._elements(hidden, most), self.memory
+        size = hidden.element_size() + pair.hidden.element_size()
+        elements = min(self.memory // size, most // 2)
+        return elements, self.memory - size * elements
+
+    def _dense_rows(self, hidden: Tensor, teacher: View | None) -> int:
+        """Of a chunk whose scores, and the teacher's, the memory holds."""
+        theirs = 0 if teacher is None else teacher.states(hidden).element_size()
+        return max(1, self.memory // (hidden.element_size() + theirs) // self.vocab)
+
     def _elements(self, hidden: Tensor, most: int | None = None) -> int:
         """How many logits the memory holds."""
         fits = self.memory // hidden.element_size()
@@ -218,16 +284,19 @@ class WeightedLosses:
         rows = max(64, (2**20 if hidden.device.type == "cpu" else 2**25) // self.vocab)
         return max(1, min(rows, self._elements(hidden) // self.vocab))
 
-    def _dense(self, head: nn.Module) -> Scorer | None:
-        """A plain matrix as tensors; None for structured, adapted or quantized heads."""
-        linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-        if linear or isinstance(head, DenseHead):
-            return Scorer(head.weight, head.bias, self.transform)  # type: ignore[arg-type]
-        return None
-
     def _from_moments(self, dense: Scorer, needs: frozenset[LogitStatistic]) -> bool:
         asked = needs <= {"target", "mean", "mean_square"}
         return asked and dense.bias is None and self.transform.scale is not None
+
+
+def as_matrix(head: nn.Module | Tensor | None, transform: LogitTransform) -> Scorer | None:
+    """A plain matrix as tensors; None for structured, adapted or quantized heads."""
+    if isinstance(head, Tensor):
+        return Scorer(head, None, transform)
+    linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if linear or isinstance(head, DenseHead):
+        return Scorer(head.weight, head.bias, transform)  # type: ignore[arg-type, union-attr]
+    return None
 
 
 def _needs_no_logits(loss: LossSpec, head: nn.Module, dense: Scorer | None) -> bool:
@@ -235,6 +304,15 @@ def _needs_no_logits(loss: LossSpec, head: nn.Module, dense: Scorer | None) -> b
         return isinstance(loss, HiddenLoss)
     single = isinstance(head, Head) and type(head).subset is not Head.subset
     return dense is not None or (single and not loss.cosine)
+
+
+def _needs(losses: Sequence[LossSpec]) -> frozenset[LogitStatistic]:
+    return frozenset(n for k in losses if isinstance(k, SummaryLoss) for n in k.needs)
+
+
+def _from_numbers(loss: LossSpec, numbers: Mapping[Any, Tensor]) -> Tensor:
+    """Per token."""
+    return loss.from_summary(numbers) if isinstance(loss, SummaryLoss) else numbers[loss]
 
 
 def _has_code_space(head: Head, needs: frozenset[LogitStatistic]) -> bool:

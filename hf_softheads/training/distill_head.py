@@ -6,12 +6,13 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_softheads.bridge import SplitModel, base_model
+from hf_softheads.bridge import SplitModel, check_tokens, transformers_model
 from hf_softheads.hardware import bf16_is_fast
 from hf_softheads.heads.base import Head
 from hf_softheads.heads.forms.trainable_codes import TrainableCodes
@@ -74,10 +75,11 @@ def repair_head(
         seed: of the order of the hidden states.
 
     Raises:
-        ValueError: nothing to train, no text, a teacher of another vocabulary, or a loss that is not finite,
-            after which the head is as it was.
+        TypeError: `model` is not a transformers model.
+        ValueError: nothing to train, no text, tokens outside the vocabulary, a teacher of another one; or a loss that
+            is not finite or higher at the end than at the start, after which the head is as it was.
     """
-    head = SplitModel(base_model(model)).head
+    head = SplitModel(transformers_model(model)).head
     trained = [p for p in head.parameters() if p.is_floating_point()]
     if not trained:
         raise ValueError(f"the head {type(head).__name__} has no floating-point parameter to train")
@@ -111,10 +113,13 @@ def repair_head(
         lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))),
     )
     curve: list[float] = []
+    begin: tuple[Tensor, Tensor] | None = None
     try:
         with tqdm(total=steps, desc="repair", disable=None) as bar:
             for step in range(steps):
-                curve.append(step_of(*supply.batch(step)))
+                batch = supply.batch(step)
+                begin = begin or batch
+                curve.append(step_of(*batch))
                 if not math.isfinite(curve[-1]):
                     raise ValueError(
                         f"the loss is {curve[-1]} at step {step} of {steps}; the head was put back. Try a smaller lr"
@@ -138,6 +143,13 @@ def repair_head(
             p.grad = None
     tenth = max(1, steps // 10)
     first, last = sum(curve[:tenth]) / tenth, sum(curve[-tenth:]) / tenth
+    assert begin is not None
+    if last > first and not (again := step_of.loss(*begin)) <= curve[0]:
+        head.load_state_dict(before)
+        raise ValueError(
+            f"the repair made the head worse: on the first batch the loss was {curve[0]:.4g} before and is {again:.4g} "
+            f"after {steps} steps; the head was put back. Try a smaller lr"
+        )
     return Repair(steps, supply.seen, first, last)
 
 
@@ -157,15 +169,15 @@ class _Supply:
         self.seen = 0
         self.parts: list[Tensor] = []
         self.first: list[int] = []  # step from which each part is in use
-        if not isinstance(rows, Tensor):
+        if isinstance(rows, tuple) and len(rows) == 2 and len(rows[0]) == len(rows[1]) > 0:
             self.states, self.labels = rows
             self.seen = len(self.labels)
             return
-        _check_rows(rows)
+        rows = _checked_rows(model, rows)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         needed = -(-steps * batch_size // (rows.shape[1] - 1))  # windows
         rows = rows[order[:needed]]
-        head = SplitModel(base_model(model)).head
+        head = SplitModel(transformers_model(model)).head
         width = head.in_features * (rows.shape[1] - 1) * 4
         count = max(1, -(-len(rows) * width // CACHE_BYTES))
         self.parts = list(rows.chunk(count))
@@ -188,7 +200,7 @@ class _Step:
     """The gradients of one step. A head that is a matrix in another form builds it once for all tokens of the step."""
 
     def __init__(self, model: nn.Module, losses: Mapping[LossSpec | str, float], teacher: Teacher):
-        self.head = SplitModel(base_model(model)).head
+        self.head = SplitModel(transformers_model(model)).head
         self.dtype = torch.float32
         plain = teacher is None or isinstance(teacher, Tensor | nn.Linear)
         if plain and self._parts() is not None and bf16_is_fast(self.head.weight.device):
@@ -211,6 +223,15 @@ class _Step:
         self.gradient = gradients[0]
         return value
 
+    @torch.no_grad()
+    def loss(self, hidden: Tensor, labels: Tensor) -> float:
+        """The loss of the head as it is."""
+        device = self.head.weight.device
+        parts = self._parts()
+        dense = None if parts is None else _linear(parts)
+        hidden = hidden.to(device) if dense is None else hidden.to(device, self.dtype)
+        return float(self.goal.from_hidden(hidden, labels.to(device), dense))
+
     def measure(self, hidden: Tensor, labels: Tensor) -> Measured:
         """Loss, matrix and gradient, without a trace in the parameters."""
         parts = self._parts()
@@ -224,12 +245,8 @@ class _Step:
         self, parts: list[Tensor], hidden: Tensor, labels: Tensor
     ) -> tuple[float, list[Tensor]]:
         """The loss of a matrix and a bias, and its gradients in them."""
-        vocab, dim = parts[0].shape
-        dense = nn.Linear(dim, vocab, bias=len(parts) > 1, device="meta")
-        leaves = [nn.Parameter(part.detach()) for part in parts]
-        dense.weight = leaves[0]
-        if len(leaves) > 1:
-            dense.bias = leaves[1]
+        dense = _linear(parts)
+        leaves = list(dense.parameters())
         loss = self.goal.from_hidden(hidden.to(self.dtype), labels, dense)
         loss.backward()
         return float(loss.detach()), [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -238,6 +255,16 @@ class _Step:
         """The head as a matrix and, if it has one, a bias."""
         found = self.head.dense() if isinstance(self.head, Head) else None
         return None if found is None else [part for part in found if part is not None]
+
+
+def _linear(parts: list[Tensor]) -> nn.Linear:
+    """A dense head of a matrix and, if there is one, a bias; its parameters in this order."""
+    vocab, dim = parts[0].shape
+    dense = nn.Linear(dim, vocab, bias=len(parts) > 1, device="meta")
+    dense.weight = nn.Parameter(parts[0].detach())
+    if len(parts) > 1:
+        dense.bias = nn.Parameter(parts[1].detach())
+    return dense
 
 
 def cache_states(
@@ -250,19 +277,27 @@ def cache_states(
     Raises:
         ValueError: no windows of at least two tokens.
     """
-    _check_rows(rows)
+    rows = _checked_rows(model, rows)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return _states_of(model, rows[order], tokens)
 
 
-def _check_rows(rows: Tensor) -> None:
+def _checked_rows(model: nn.Module, rows: Any) -> Tensor:
+    """The rows, if they are windows of the model's tokens. Raises ValueError."""
+    if not isinstance(rows, Tensor):
+        raise ValueError(
+            f"repair needs token windows (N, W ≥ 2) as a tensor, got {type(rows).__name__}; of text, "
+            "hf_softheads.text.windows.windows(text, tokenizer).input_ids makes them"
+        )
     if rows.ndim != 2 or rows.shape[1] < 2 or not len(rows):
         raise ValueError(f"repair needs token windows (N, W ≥ 2), got {tuple(rows.shape)}")
+    check_tokens(model, rows)
+    return rows
 
 
 @torch.no_grad()
 def _states_of(model: nn.Module, rows: Tensor, tokens: float = math.inf) -> tuple[Tensor, Tensor]:
-    reader = SplitModel(base_model(model))
+    reader = SplitModel(transformers_model(model))
     device = reader.head.weight.device
     kept: list[tuple[Tensor, Tensor]] = []
     size = total = 0

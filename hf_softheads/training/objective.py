@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_softheads.bridge import (
     IGNORE,
@@ -25,19 +23,22 @@ from hf_softheads.bridge import (
     loss_of,
     output_head,
     targets_of,
+    transformers_model,
     vocabulary,
     with_decoder_inputs,
-    without_logits,
 )
+from hf_softheads.heads.base import TokenStatistics
 from hf_softheads.losses.base import HiddenLoss, LossSpec
 from hf_softheads.losses.cross_entropy import CrossEntropy
 from hf_softheads.registry import spec_from_dict
-from hf_softheads.training.dispatch import View, WeightedLosses
+from hf_softheads.training.dispatch import WeightedLosses
 from hf_softheads.training.fused_ce import backend as find_backend
+from hf_softheads.training.teacher import Teacher as Teacher
+from hf_softheads.training.teacher import TeacherSide, is_model
 from hf_softheads.training.token_chunks import widened
+from hf_softheads.training.token_statistics import token_statistics
 
 Reduction = Literal["mean", "sum", "none"]
-Teacher = Tensor | nn.Module | None
 
 _FEW = 8  # tokens of the trial run
 
@@ -48,7 +49,7 @@ class _Call(NamedTuple):
     kept: Tensor  # (B, T) bool
     labels: Tensor  # (n,)
     scale: float | None  # None: per token
-    teacher_hidden: Tensor | None  # (B, T, D)
+    teacher_hidden: Tensor | None  # (B, T, Dt)
     forward: Function
 
 
@@ -68,15 +69,20 @@ class Objective:
         model: a language model, patched or not, wrapped or not.
         losses: loss specs (or their names) with their weights.
         teacher: for distillation losses: the dense matrix `(V, D)` or a head module, which see the same hidden states
-            as the model's head; or another model of the same vocabulary, which runs on the same batch.
+            as the model's head, or those of width Dt that a call gives as `teacher_hidden`; or another model of the
+            same vocabulary, which runs on the same batch unless `teacher_hidden` is given. The scores that a matrix or
+            an `nn.Linear` makes of `teacher_hidden` count as they are: of a family with a soft cap or a scale, pass the
+            model, or a head of this package with its `transform`.
         memory: bytes of logits that may be kept at once, in the dtype of the hidden states; 512 MiB by default. A
             cross-entropy (any loss of a few numbers per token) computes those that do not fit a second time, so that
-            `memory=2**25` is its lean mode: a third more work.
+            `memory=2**25` is its lean mode: a third more work. So do `kl`, `reverse_kl` and `jsd` between two dense
+            heads (`jsd` a third time); the teacher's scores count too.
         backend: compute the gradients of a plain cross-entropy of a dense head by `torch` (`F.linear_cross_entropy`),
             `liger` or `cce` (cut-cross-entropy) instead; refused where that is less exact.
 
     Raises:
         ImportError: the backend is not installed.
+        TypeError: `model` is not a transformers model, or `teacher` none of what it may be.
         ValueError: no loss, a backend for other losses, a teacher that is missing, unused or of another vocabulary, a
             model without an output embedding, or one that changes its logits in a way that is not understood.
     """
@@ -92,17 +98,22 @@ class Objective:
     ):
         if memory < 0:
             raise ValueError(f"memory is a number of bytes, got {memory}")
+        if not isinstance(teacher, Tensor | nn.Module | None):
+            raise TypeError(
+                "a teacher is a matrix (V, D), a head module or a loaded model of the same vocabulary, got "
+                f"{type(teacher).__name__}"
+            )
         self.model = model
         self.losses: dict[LossSpec, float] = {
             spec_from_dict("loss", loss): float(weight) for loss, weight in losses.items()
         }
         self.teacher = teacher
-        reader = SplitModel(base_model(model))
+        reader = SplitModel(transformers_model(model))
         self.vocab, self.transform = reader.vocab, reader.transform
         self._weighted = WeightedLosses(self.losses, self.vocab, self.transform, memory, backend)
         _check_losses(self.losses, teacher, self.vocab)
         _check_backend(backend, self.losses)
-        self._teacher_reader = SplitModel(teacher) if isinstance(teacher, PreTrainedModel) else None
+        self._teacher = TeacherSide(teacher, model, self.transform)
         self._transform_checked = False
         self._stand_in = torch.compiler.disable(self._score)
         self._keep = torch.compiler.disable(self._keep_output)
@@ -118,6 +129,7 @@ class Objective:
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
         reduction: Reduction = "mean",
+        teacher_hidden: Tensor | None = None,
         **batch: Any,
     ) -> Tensor:
         """The loss of a batch as the model's forward takes it.
@@ -129,17 +141,21 @@ class Objective:
             num_items_in_batch: divide by this instead of by the number of labels here: with gradient accumulation or
                 several processes, the number in the whole batch.
             reduction: `none` gives `(B, T - 1)`: the loss of predicting token t + 1, 0 where masked.
+            teacher_hidden: `(B, T, Dt)`, what the teacher's own body hands to its head for these tokens.
 
         Returns:
             A scalar, or `(B, T - 1)`; with no label at all exactly 0, with zero gradients.
 
         Raises:
-            ValueError: labels outside the vocabulary or not shaped as the hidden states.
+            ValueError: labels outside the vocabulary or not shaped as the hidden states; hidden states of the teacher
+                that are missing, not wanted, or not shaped as the labels and its head say.
         """
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
         batch.setdefault("use_cache", False)
-        with self._instead_of_logits(labels, batch, num_items_in_batch, reduction) as inputs:
+        with self._instead_of_logits(
+            labels, batch, num_items_in_batch, reduction, teacher_hidden
+        ) as inputs:
             output = self.model(**inputs)
             out = self._out
         if reduction != "none":
@@ -154,6 +170,7 @@ class Objective:
         batch: Mapping[str, Any],
         num_items_in_batch: Tensor | int | None,
         reduction: Reduction,
+        teacher_hidden: Tensor | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Within the context the model's head computes this loss on the labels; what it gave is in `_out`. Gives what
         the model is to be called with."""
@@ -163,6 +180,7 @@ class Objective:
         kept = targets != IGNORE if targets.ndim == 2 else (targets != IGNORE).any(-1)
         chosen = targets[kept]
         _check_labels(chosen, self.vocab)
+        self._teacher.check(teacher_hidden, tuple(labels.shape[:2]), runs=True)
         with_decoder_inputs(base, labels, inputs)
         asks = asks_for_loss(base)
         if not self._transform_checked and "input_ids" in batch:
@@ -175,7 +193,8 @@ class Objective:
             self._transform_checked = True
         count = len(chosen) if num_items_in_batch is None else float(num_items_in_batch)
         scale = {"mean": 1 / max(count, 1), "sum": 1.0, "none": None}[reduction]
-        teacher_hidden = self._teacher_hidden(inputs)
+        if teacher_hidden is None:
+            teacher_hidden = self._teacher.run(inputs)
         hook = None
         try:
             with contextlib.ExitStack() as stack:
@@ -207,15 +226,30 @@ class Objective:
         given, whole = self._given(out), loss_of(output)
         return given.flatten()[0] if whole is None else whole
 
-    def from_hidden(self, hidden: Tensor, labels: Tensor, head: nn.Module | None = None) -> Tensor:
+    def from_hidden(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        head: nn.Module | None = None,
+        teacher_hidden: Tensor | None = None,
+    ) -> Tensor:
         """The mean loss of hidden states `(n, D)` that are at hand already, and the tokens `(n,)` that follow them.
 
-        `head` stands in for the model's.
+        `head` stands in for the model's; `teacher_hidden (n, Dt)` are the teacher's own.
         """
-        head, teacher = head or output_head(self.model), self._view(None)
+        self._teacher.check(teacher_hidden, tuple(labels.shape[:1]), runs=False)
+        head = head or output_head(self.model)
+        teacher = self._teacher.view(teacher_hidden, hidden.device)
         return self._weighted.total(
             head, head.forward, hidden, labels, teacher, 1 / max(len(labels), 1)
         )
+
+    def token_statistics(
+        self, hidden: Tensor, labels: Tensor, temperature: float = 1.0
+    ) -> TokenStatistics:
+        """`log p(label)`, entropy and best token of the model's own distribution at hidden states `(…, D)`."""
+        head = output_head(self.model)
+        return token_statistics(head, hidden, labels, temperature, transform=self.transform)
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -233,8 +267,8 @@ class Objective:
             )
         x = hidden[kept]
         if teacher_hidden is not None:
-            teacher_hidden = teacher_hidden[kept]
-        head, teacher = output_head(self.model), self._view(teacher_hidden)
+            teacher_hidden = teacher_hidden[kept.to(teacher_hidden.device)]
+        head, teacher = output_head(self.model), self._teacher.view(teacher_hidden, hidden.device)
         if scale is None:
             each = self._weighted.per_token(head, forward, x, labels, teacher)
             spread = widened(hidden.new_zeros(kept.shape)).masked_scatter(kept, each)
@@ -245,39 +279,6 @@ class Objective:
     def _keep_output(self, _: nn.Module, __: Any, out: Tensor) -> None:
         """What the head gave after the hooks of wrappers: ZeRO-3 puts another tensor in its place."""
         self._out = out
-
-    @torch.no_grad()
-    def _teacher_hidden(self, batch: Mapping[str, Any]) -> Tensor | None:
-        if self._teacher_reader is None:
-            return None
-        teacher = self._teacher_reader.model
-        training = teacher.training
-        teacher.eval()
-        try:
-            return self._teacher_reader.hidden(
-                **{k: v for k, v in batch.items() if k != "use_cache"}
-            )
-        finally:
-            teacher.train(training)
-
-    def _view(self, hidden: Tensor | None) -> View:
-        own = None if hidden is None else self._teacher_reader
-        transform = self.transform if own is None else own.transform
-        return View(self._teacher_scores, transform, hidden)
-
-    @torch.no_grad()
-    def _teacher_scores(self, hidden: Tensor, of_teacher: Tensor | None) -> Tensor | None:
-        """From the student's hidden states, or from its own where it is a model."""
-        if self.teacher is None:
-            return None
-        if isinstance(self.teacher, Tensor):
-            gather = getattr(self.teacher, "full_tensor", None)  # a sharded matrix
-            weight = self.teacher if gather is None else gather()
-            return F.linear(hidden, weight.to(hidden.device, hidden.dtype))
-        if of_teacher is None:
-            return self.teacher(hidden)  # type: ignore[no-any-return]
-        assert self._teacher_reader is not None
-        return self._teacher_reader.head(of_teacher)  # type: ignore[no-any-return]
 
 
 def _few_tokens(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,64 +326,10 @@ def _check_losses(losses: Mapping[LossSpec, float], teacher: Teacher, vocab: int
     if not wanting:
         names = ", ".join(loss.name for loss in losses)
         raise ValueError(f"a teacher is given but none of the losses ({names}) uses one")
-    if any(isinstance(loss, HiddenLoss) for loss in losses) and not isinstance(
-        teacher, PreTrainedModel
-    ):
+    if any(isinstance(loss, HiddenLoss) for loss in losses) and not is_model(teacher):
         raise ValueError("hidden_mse compares with the hidden states of another model as teacher")
     if vocabulary(teacher) != vocab:
         raise ValueError(
             f"the teacher has {vocabulary(teacher)} tokens, the model {vocab}: distillation compares "
             "distributions over one vocabulary"
         )
-
-
-def trainer_loss(
-    model: PreTrainedModel,
-    losses: Mapping[LossSpec | str, float] | None = None,
-    teacher: Teacher = None,
-) -> TrainerLoss:
-    """Let `transformers.Trainer` (and anything else that calls `model(**batch, labels=…)`) train with an Objective.
-
-    In training mode the model's forward then returns this loss and no logits; in evaluation mode nothing changes.
-    `losses` default to cross-entropy. Returns the Objective, whose `remove()` ends this; the model gets two hooks and
-    nothing else.
-    """
-    return TrainerLoss(model, losses or {CrossEntropy(): 1.0}, teacher)
-
-
-class TrainerLoss(Objective):
-    """An Objective that computes the loss of every training call of its model that has labels; see `trainer_loss`."""
-
-    def __init__(
-        self, model: nn.Module, losses: Mapping[LossSpec | str, float], teacher: Teacher = None
-    ):
-        super().__init__(model, losses, teacher)
-        self._running: contextlib.ExitStack | None = None
-        self._hooks = (
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        )
-
-    def remove(self) -> None:
-        """Take the hooks off: the model computes its own loss again."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if args or kwargs.get("labels") is None or not module.training:
-            return None
-        batch = {"use_cache": False, **kwargs}
-        labels, items = batch.pop("labels"), batch.pop("num_items_in_batch", None)
-        running = contextlib.ExitStack()
-        inputs = running.enter_context(self._instead_of_logits(labels, batch, items, "mean"))
-        self._running = running
-        return args, inputs
-
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if self._running is None:
-            return None
-        running, self._running = self._running, None
-        with running:
-            if output is None:  # the forward has failed
-                return None
-            return without_logits(output, self._total(output, self._out))

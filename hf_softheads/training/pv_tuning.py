@@ -12,10 +12,10 @@ from torch import Tensor
 from hf_softheads.heads.fit.additive_codes import best_moves, compose
 from hf_softheads.heads.fit.blockwise import blocks, in_chunks
 from hf_softheads.heads.forms.trainable_codes import Additive
+from hf_softheads.heads.stats import softmax_curvature
 
 EVERY = 20  # optimizer steps between two discrete ones
 _STATES = 8192  # for the curvature
-_SMOOTHING = 0.1  # of its probabilities, as in `HeadStats.curvature`
 _DAMPING = 4.0  # of the curvature at first
 _ADAPT = 1.25
 _RIDGE = 1e-3
@@ -111,6 +111,5 @@ class DiscreteSteps:
             x = part if found.basis is None else part @ found.basis.detach().float().T
             scores = F.linear(x, rows, None if bias is None else bias.detach().float())
             p = (scores if transform is None else transform(scores)).softmax(-1)
-            p = p.mul_(1 - _SMOOTHING).add_(_SMOOTHING / len(rows))
-            total += (p * (1 - p)).sum(0)
+            total += softmax_curvature(p).sum(0)
         self.share = total / len(h) * self.head.logit_scale**2

@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_softheads.heads.base import LogitTransform
 
 OfTile = Callable[[Tensor, slice], Tensor]
+_LOG2_E = 1.4426950408889634
 
 
 class Scorer(NamedTuple):
@@ -28,14 +29,24 @@ class Scorer(NamedTuple):
     transform: LogitTransform
 
     def block(self, hidden: Tensor, start: int, stop: int) -> Tensor:
-        """Scores before the transform, `(n, stop - start)`."""
-        bias = None if self.bias is None else self.bias[start:stop].to(hidden.dtype)
-        return F.linear(hidden, self.weight[start:stop].to(hidden.dtype), bias)
+        """Scores before the transform, `(n, stop - start)`, in the dtype of the hidden states."""
+        bias = None if self.bias is None else self.bias[start:stop].to(hidden)
+        return F.linear(hidden, self.weight[start:stop].to(hidden), bias)
 
 
 def widened(x: Tensor) -> Tensor:
     """`x` in float64 if it is, else in float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def exp(x: Tensor) -> Tensor:
+    """`eˣ`. On CPUs `exp2` is four times as fast as `exp`, and thirty times where the result is subnormal."""
+    return (x * _LOG2_E).exp2_()
+
+
+def exp_(x: Tensor) -> Tensor:
+    """`eˣ` in place."""
+    return x.mul_(_LOG2_E).exp2_()
 
 
 class PrecomputedGrad(torch.autograd.Function):
@@ -63,10 +74,10 @@ class PrecomputedGrad(torch.autograd.Function):
         return None, *scaled
 
 
-def tiles(scores: Tensor) -> Iterator[slice]:
-    """Rows of `scores (n, width)` whose element-wise work stays in a CPU's cache."""
+def tiles(scores: Tensor, parts: int = 1) -> Iterator[slice]:
+    """Rows of `scores (n, width)` whose element-wise work stays in a CPU's cache; `parts` times as small on request."""
     n, width = scores.shape
-    rows = max(1, (2**19 if scores.device.type == "cpu" else 2**25) // width)
+    rows = max(1, (2**19 if scores.device.type == "cpu" else 2**25) // parts // width)
     return (slice(i, min(i + rows, n)) for i in range(0, n, rows))
 
 

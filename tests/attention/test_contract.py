@@ -291,7 +291,7 @@ def test_compiles_without_graph_breaks(spec: AttentionSpec) -> None:
     "spec", [s for s in SPECS if s.name in ("softpick", "learned_sink", "softmax")], ids=label
 )
 def test_dropout_is_that_of_the_weights(spec: AttentionSpec) -> None:
-    """Unbiased, drawn anew in every call, and the backward pass meets the same mask as the forward."""
+    """Unbiased in every entry, drawn anew in every call and block; the backward pass meets the forward's mask."""
     inputs = sample(spec, batch=1, queries=70, dtype=torch.float64).requires_grad()
     module = spec.module(Geometry(heads=4, kv_heads=2, head_dim=8, hidden_size=12)).double()
 
@@ -301,8 +301,28 @@ def test_dropout_is_that_of_the_weights(spec: AttentionSpec) -> None:
     torch.manual_seed(0)
     first = run()
     assert not torch.equal(run(), first)
-    mean = torch.stack([run().detach() for _ in range(400)]).mean(0)
-    close("mean", mean, run(0.0), 0.35)
+    draws, exact = torch.stack([run().detach() for _ in range(400)]), run(0.0).detach()
+    # 2,240 entries of nearly normal means: the largest is expected at 3.6 of its standard errors
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - exact).abs() <= 5 * error).all()
+    # and all together: the factor of the exact output in a draw is 1 on average
+    factor = (draws * exact).flatten(1).sum(1) / exact.square().sum()
+    error = factor.std() / len(draws) ** 0.5
+    assert error < 0.008  # so that a factor that is 4 % off shows
+    assert (factor.mean() - 1).abs() <= 5 * error
+    # an entry is the weighted sum of values that stay with probability ½, each at twice its weight
+    one_hot = torch.eye(70, dtype=torch.float64).expand(1, 2, 70, 70)
+    weights = run(0.0, one_hot).detach()
+    variance = weights.square() @ inputs.value.detach().repeat_interleave(2, 1).square()
+    seen = variance > 0  # softpick gives some queries no weight at all
+    ratio = (draws.var(0)[seen] / variance[seen]).mean()
+    assert (ratio - 1).abs() < 0.02  # 5 · √(2 / 400) / √280 by 400 draws of 280 independent rows
+    # queries 0 and 64 begin two blocks of queries: key 0 stays for both, or for neither, half of the time
+    alive = (weights[0, :, 0, 0] > 0) & (weights[0, :, 64, 0] > 0)
+    stays = torch.stack([run(0.5, one_hot)[0, :, [0, 64], 0] > 0 for _ in range(40)])
+    equal = (stays[:, :, 0] == stays[:, :, 1])[:, alive]
+    assert equal.any(0).all()
+    assert not equal.all(0).any()
 
     def seeded(value: Tensor) -> Tensor:
         torch.manual_seed(1)

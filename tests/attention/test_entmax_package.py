@@ -50,6 +50,12 @@ def test_gradients(spec: AttentionSpec, alpha: float, theirs: Callable[[Tensor],
     assert (ours - wanted).abs().max() <= 1e-5
     closed = spec.weights_vjp(scores, keep, {}, grad)[1]
     assert (closed - ours).abs().max() <= 1e-6
+    # the Jacobian of α-entmax, row by row: diag(s) − s sᵀ / Σ s with s = w^(2 − α) on the support
+    weights = spec.weights(scores, keep, {}).detach()
+    for w, g, got in zip(*(x.flatten(0, 2) for x in (weights, grad, closed)), strict=True):
+        s = torch.where(w > 0, w.clamp_min(1e-300) ** (2 - alpha), 0)
+        jacobian = s.diag() - s.outer(s) / s.sum()
+        assert (jacobian @ g - got).abs().max() <= (1e-9 if alpha <= 2 else 1e-6)
 
 
 def test_the_gradient_of_a_learned_alpha() -> None:
@@ -80,3 +86,9 @@ def test_finite_where_the_package_crashes(
     for tensor in (weights, dscores):
         assert tensor.isfinite().all()
         assert (tensor[:, :, 1] == 0).all()
+    for row in (0, 2):  # the rows beside it are α-entmax: (α − 1) z − w^(α − 1) is one threshold τ
+        w, z = weights[0, 0, row], scores[0, 0, row]
+        assert float(w.sum()) == pytest.approx(1, abs=1e-5)
+        tau = ((alpha - 1) * z - w ** (alpha - 1))[w > 0]
+        assert (tau - tau[0]).abs().max() <= 1e-5
+        assert ((alpha - 1) * z[w == 0] <= tau[0] + 1e-5).all()

@@ -25,7 +25,7 @@ from tests.attention.samples import sample
         (lambda: sa.SWAT(alibi=True), "slopes of its own"),
         (lambda: sa.LogN(length=1), "at least 2"),
         (lambda: sa.SSMax(reference_length=1), "at least 2"),
-        (lambda: sa.ReLU(power=3), "power must be 1 or 2"),
+        (lambda: sa.ReLU(power=3), "power must be one of 1, 2"),
         (lambda: sa.ReLU(divide="length", length=0), "length must be at least 1"),
         (lambda: sa.LSSAR(p=-1), "p must be positive"),
         (lambda: sa.Selective(width=0), "width must be at least 1"),

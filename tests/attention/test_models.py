@@ -79,12 +79,25 @@ def test_families(family: str, spec: AttentionSpec, tokens: Tensor) -> None:
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 def test_control_equals_eager_with_soft_caps_and_windows(family: str) -> None:
+    """With scores so large, and text so long, that the soft cap and the window change the logits."""
     tokens = torch.randint(3, VOCAB, (2, 30), generator=torch.Generator().manual_seed(1))
     changes = {"attn_logit_softcapping": 0.5} if family == "gemma2" else {}
-    model = make_model(family, **changes)
-    model.set_attn_implementation("eager")
+
+    def sharp(**changes: Any) -> Any:
+        made = make_model(family, **changes)
+        made.set_attn_implementation("eager")
+        with torch.no_grad():
+            for name, p in made.named_parameters():
+                if name.endswith(("q_proj.weight", "k_proj.weight")):
+                    p.mul_(30)  # initialised near 0, all scores are
+        return made
+
+    model = sharp(**changes)
     with torch.no_grad():
         want = model(tokens).logits
+        for without in (dict.fromkeys(changes), {**changes, "sliding_window": 64}):
+            if without != changes:
+                assert (sharp(**without)(tokens).logits - want).abs().max() > 0.1
         for layers in (None, [0], [1]):  # one local, one global
             sh.patch(model, attention=sa.Softmax(), layers=layers)
             close(model(tokens).logits, want, 1e-5)

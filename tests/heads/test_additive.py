@@ -18,7 +18,7 @@ from hf_softheads.heads.fit.additive_codes import (
     recode,
     refine_codes,
 )
-from tests.heads.conftest import Toy
+from tests.heads.conftest import Toy, fit, kl
 
 N, WIDTH, STAGES, CODES = 40, 6, 3, 4
 
@@ -108,17 +108,10 @@ def test_settled_rows_are_nearer_in_their_own_metric(problem: Problem) -> None:
         assert after.sum() < 0.8 * trial.cost(codes, books)[mine].sum()
 
 
-@pytest.mark.parametrize("spec", [ProductVQ(4, 16, False), ProductVQ(8, 16)])
+@pytest.mark.parametrize("spec", [ProductVQ(4, 16, "none"), ProductVQ(8, 16)])
 def test_a_fit_beats_the_nearest_entry_part_by_part(
     spec: HeadSpec, toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kl() -> float:
-        head = spec.module(*toy.shape)
-        spec.fit(head, toy.weight, None, toy.stats)
-        dense = (toy.hidden @ toy.weight.T).log_softmax(-1)
-        mine = head(toy.hidden).log_softmax(-1).detach()
-        return float((dense.exp() * (dense - mine)).sum(-1).mean())
-
-    refined = kl()
+    refined = kl(fit(spec, toy), toy)
     monkeypatch.setattr("hf_softheads.heads.product_vq._refine", lambda *_: None)
-    assert refined < kl()
+    assert refined < kl(fit(spec, toy), toy)

@@ -136,6 +136,12 @@ def test_samples_follow_the_distribution(
     ].sum().clamp_min(1)
     freedom = int(likely.sum())
     assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
+    # every token a little too often or too rarely, as with another temperature, shows in the mean log-probability
+    p = expected / draws
+    surprise = p.log().clamp_min(-1e4)  # a token of probability 0 is drawn never
+    mean = (p * surprise).sum()
+    deviation = ((p * surprise.square()).sum() - mean.square()).clamp_min(0).sqrt()
+    assert ((found / draws * surprise).sum() - mean).abs() <= 5 * deviation / draws**0.5 + 1e-5
 
 
 def test_refuses_a_temperature_of_zero(middle: HeadSpec, toy: Toy) -> None:

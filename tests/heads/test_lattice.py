@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_softheads.heads import Lattice, Quantized
+from hf_softheads.heads import Lattice, LowRank, Quantized, Screened, TransformCoded
+from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.lattice import _points, nearest_points, shapes
-from tests.heads.conftest import fit, kl, make_toy
+from tests.heads.conftest import Toy, fit, kl, make_toy
 
 
 def codebook() -> torch.Tensor:
@@ -43,5 +44,15 @@ def test_loses_less_than_a_uniform_grid_of_two_bits() -> None:
 def test_refuses_what_eight_columns_do_not_divide() -> None:
     with pytest.raises(ValueError, match=r"8 columns at a time, which do not divide .* size 12"):
         Lattice().check(12, 64)
-    with pytest.raises(ValueError, match="5 stages; 1 to 4 are possible"):
-        Lattice(5).check(16, 64)
+    with pytest.raises(ValueError, match="stages must be from 1 to 4, got 5"):
+        Lattice(5)
+
+
+@pytest.mark.parametrize("inner", [Lattice(), TransformCoded(bits=4.0)], ids=["lattice", "coded"])
+def test_gives_a_screen_its_exact_rows(inner: HeadSpec, toy: Toy) -> None:
+    """Every head that scores single tokens can; its logits of the candidates are those it gives by itself."""
+    head, alone = fit(Screened(LowRank(8), 16, inner), toy), fit(inner, toy)
+    with torch.no_grad():
+        values, tokens = head.topk(toy.hidden, 4)
+        expected = alone.scores(toy.hidden).gather(-1, tokens)
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)

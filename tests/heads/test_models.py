@@ -70,6 +70,16 @@ def test_saves_loads_and_generates(
     assert str(middle(name).name) in str(sh.describe(loaded))
 
 
+LOSSLESS = 1e-6  # nats a token: rounding in fp32, of heads that reproduce the dense logits
+
+
+def divergence(model: Any, tokens: torch.Tensor) -> float:
+    """Mean `KL(dense ‖ head)` on these tokens."""
+    found = sh.evaluate(model, tokens, reference=dense_head(model)).kl
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_without_logits_and_repairs(
     name: str, dense: Any, tokens: torch.Tensor, stats: Any
@@ -82,5 +92,10 @@ def test_trains_without_logits_and_repairs(
     out.loss.backward()
     assert all(p.grad is not None for p in model.get_output_embeddings().parameters())
     model.zero_grad()
-    repair = sh.repair_head(model, dense_head(model), tokens, steps=20, batch_size=256, lr=3e-4)
-    assert repair.last < repair.first + 0.02
+    before = divergence(model, tokens)
+    sh.repair_head(model, dense_head(model), tokens, steps=20, batch_size=256, lr=1e-3)
+    after = divergence(model, tokens)
+    if before < LOSSLESS:
+        assert after < LOSSLESS
+    else:
+        assert after < before

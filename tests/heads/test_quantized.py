@@ -61,11 +61,11 @@ def test_scales_survive_bf16_exactly(toy: Toy) -> None:
 
 @pytest.mark.parametrize("bits", [0, 1, 7, 9, 16])
 def test_refuses_other_bits(bits: int) -> None:
-    with pytest.raises(ValueError, match=f"asked for {bits} bits; 2, 3, 4, 5, 6 and 8"):
-        Quantized(bits=bits).check(16, 256)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"must be one of 2, 3, 4, 5, 6, 8, got {bits}"):
+        Quantized(bits=bits)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("group", [0, 5, 48])
+@pytest.mark.parametrize("group", [5, 48])
 def test_refuses_groups_that_do_not_divide(group: int) -> None:
     with pytest.raises(ValueError, match=f"groups of {group} of 64 columns; they must divide it"):
         Quantized(group=group).check(64, 256)

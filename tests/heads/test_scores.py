@@ -132,11 +132,8 @@ def test_fourier_among_other_tokens(toy: Toy) -> None:
     [
         Fourier(start=5, stop=6),
         Fourier(stop=300),
-        Fourier(frequencies=0),
-        Fourier(smoothness=-1.0),
-        Draft(0),
+        Fourier(frequencies=300),
         Draft(257),
-        SVM(scale=0.0),
         SDM(exemplars=4, neighbours=8),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from hf_softheads.heads import ProductVQ, Quantized, TransformCoded
 from hf_softheads.heads.fit.bit_allocation import _ERROR, STEP, water_fill
 from hf_softheads.heads.fit.gptq import round_with_feedback
-from tests.heads.conftest import Toy, make_toy
+from tests.heads.conftest import Toy, fit, make_toy
 
 
 @pytest.mark.parametrize("bits", [2.5, 4.0])
@@ -107,7 +107,21 @@ def test_refuses_a_budget_below_its_tables() -> None:
         TransformCoded(bits=0.1).check(64, 512)
 
 
-@pytest.mark.parametrize("field", [{"rank": 0}, {"rank": 65}, {"tiers": 0}, {"tiers": 17}])
-def test_refuses_impossible_fields(field: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="are possible"):
-        TransformCoded(bits=4.0, **field).check(64, 512)  # type: ignore[arg-type]
+def test_refuses_an_impossible_rank() -> None:
+    with pytest.raises(ValueError, match="1 to 64 are possible"):
+        TransformCoded(bits=4.0, rank=65).check(64, 512)
+
+
+def test_refuses_impossible_tiers() -> None:
+    with pytest.raises(ValueError, match="tiers must be from 1 to 16, got 17"):
+        TransformCoded(bits=4.0, tiers=17)
+
+
+@pytest.mark.parametrize("bits", [2.5, 4.0, 6.5])
+def test_single_rows_are_those_of_the_blocks(toy: Toy, bits: float) -> None:
+    head = fit(TransformCoded(bits=bits), toy)
+    whole = torch.cat([head.rows(slice(*ends)) for ends in head.blocks()])
+    some = torch.randperm(256, generator=torch.Generator().manual_seed(0))[:200]
+    assert torch.equal(head.rows(some), whole[some])
+    head.relax_codes()
+    assert torch.equal(head.rows(some), whole[some])

@@ -17,7 +17,7 @@ from hf_softheads.training.pv_tuning import DiscreteSteps, Measured
 from tests.conftest import make_model
 
 V, D = 61, 16
-SPECS: list[HeadSpec] = [ProductVQ(4, 8), ProductVQ(8, 8, False), ResidualVQ(2, 16)]
+SPECS: list[HeadSpec] = [ProductVQ(4, 8), ProductVQ(8, 8, "none"), ResidualVQ(2, 16)]
 
 
 def scrambled(spec: HeadSpec) -> tuple[Any, Tensor, Tensor]:

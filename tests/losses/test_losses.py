@@ -424,10 +424,10 @@ def test_distillation_needs_a_teacher(spec: LossSpec, sample: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: L.LabelSmoothing(alpha=2.0), "between 0 and 1"),
+        (lambda: L.LabelSmoothing(alpha=2.0), "from 0 to 1"),
         (lambda: L.KL(temperature=0.0), "positive"),
         (lambda: L.JSD(beta=1.0), "kl and reverse_kl"),
-        (lambda: L.MultiMargin(power=3), "1 or 2"),
+        (lambda: L.MultiMargin(power=3), "one of 1, 2"),
         (lambda: L.PartialFC(rate=0.0), "rate"),
         (lambda: L.SemanticSoftmax(levels=LEVELS, weights=(1.0,)), "2 levels and 1 weights"),
         (

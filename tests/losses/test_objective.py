@@ -30,8 +30,9 @@ import hf_softheads.losses as L
 from hf_softheads.heads import VQ, Dense
 from hf_softheads.heads.base import Head, LogitTransform
 from hf_softheads.losses.base import LossSpec
-from hf_softheads.training.objective import Objective, trainer_loss
+from hf_softheads.training.objective import Objective
 from hf_softheads.training.token_chunks import Scorer
+from hf_softheads.training.trainer_loss import trainer_loss
 from hf_softheads.training.vocab_blocks import blocks
 
 V, D = 97, 32
@@ -603,6 +604,30 @@ class Renamed(LlamaForCausalLM):
         out = super().forward(*args, **kwargs)
         out.logits = out.logits.sin()
         return out
+
+
+class Sharper(LlamaForCausalLM):
+    """A family that does something to its logits that a trace of one token does not see."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        if out.logits.shape[1] > 1:
+            out.logits = 1.5 * out.logits
+        return out
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_other_logits_than_the_trace_promises_are_refused(hook: bool) -> None:
+    """Before the first loss is computed, the head's scores are compared with real logits."""
+    model, inputs = Sharper(build("llama").config).double().train(), batch()
+    goal = Objective(model, {"cross_entropy": 1.0})
+    if hook:
+        trainer_loss(model)
+    with pytest.raises(ValueError, match=r"Sharper differ by .* not understood"):
+        (model if hook else goal)(**inputs)
+    assert model.training
+    assert not model.lm_head._forward_hooks
+    assert "forward" not in model.lm_head.__dict__
 
 
 @pytest.mark.parametrize(

@@ -75,21 +75,42 @@ def test_divergence_leaves_the_head_as_it_was() -> None:
 CODED: list[HeadSpec] = [Quantized(2), LowRankResidual(2, 2), TransformCoded(8.0, 12, 2)]
 
 
-def repaired(spec: HeadSpec, **arguments: Any) -> tuple[Any, float]:
+def correlated() -> tuple[Any, torch.Tensor]:
+    """A model and text for it, 8,000 codes: enough that those which fall this way or that by rounding make no odds.
+
+    As in real models a few directions carry most of the hidden states, so that codes can be better than the nearest.
+    """
+    vocab, dim = 251, 32
+    made = make_model("llama", vocab_size=vocab, hidden_size=dim, tie_word_embeddings=False)
+    torch.nn.init.normal_(made.lm_head.weight, std=1.0)
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
+    entries = torch.randn(vocab, dim, generator=generator) * torch.logspace(0, -1, dim)
+    with torch.no_grad():
+        made.model.embed_tokens.weight.copy_(entries @ turn)
+    return made, torch.randint(vocab, (40, 17), generator=generator)
+
+
+def repaired(spec: HeadSpec, code_lr: float) -> tuple[Any, float]:
     """The head after a repair, and how far it is from the dense one on the text it was repaired on."""
-    patched = sh.patch(model(), head=spec)
+    made, text = correlated()
+    patched = sh.patch(made, head=spec)
     teacher = dense_head(patched)
-    repair_head(patched, teacher, rows(), steps=60, batch_size=128, **arguments)
-    hidden = cache_states(patched, rows(), tokens=10**6)[0]
+    repair_head(patched, teacher, text, steps=80, batch_size=128, lr=2e-4, code_lr=code_lr)
+    hidden = cache_states(patched, text, tokens=10**6)[0]
     mine, dense = (h(hidden).log_softmax(-1).detach() for h in (patched.lm_head, teacher))
     return patched.lm_head, float((dense.exp() * (dense - mine)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("spec", CODED, ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    "spec",
+    [Quantized(2), LowRankResidual(2, 2), TransformCoded(5.0, 24, 2)],
+    ids=lambda spec: spec.name,
+)
 def test_trained_codes_come_nearer_and_are_stored_as_before(spec: HeadSpec) -> None:
-    fitted = sh.patch(model(), head=spec).lm_head.state_dict()
-    _, fixed = repaired(spec, lr=2e-4, code_lr=0)
-    head, trained = repaired(spec, lr=2e-4, code_lr=0.05)
+    fitted = sh.patch(correlated()[0], head=spec).lm_head.state_dict()
+    _, fixed = repaired(spec, code_lr=0)
+    head, trained = repaired(spec, code_lr=0.05)
     assert trained < 0.8 * fixed
     state = head.state_dict()
     assert {k: (v.shape, v.dtype) for k, v in state.items()} == {
@@ -97,11 +118,11 @@ def test_trained_codes_come_nearer_and_are_stored_as_before(spec: HeadSpec) -> N
     }
     codes = [k for k in state if k.startswith("codes")]
     assert any(not torch.equal(state[k], fitted[k]) for k in codes)
-    loaded = spec.module(D, V)
+    loaded = spec.module(head.in_features, head.out_features)
     loaded.load_state_dict(state)
-    h = torch.randn(5, D, generator=torch.Generator().manual_seed(2))
+    h = torch.randn(5, head.in_features, generator=torch.Generator().manual_seed(2))
     assert torch.equal(loaded(h), head(h))
-    again, same = repaired(spec, lr=2e-4, code_lr=0.05)
+    again, same = repaired(spec, code_lr=0.05)
     assert same == trained
     assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
 

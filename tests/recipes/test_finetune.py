@@ -55,10 +55,10 @@ def command(config: Path, output: Path) -> list[str]:
 
 def environment(**more: str) -> dict[str, str]:
     threads = str(torch.get_num_threads())
-    root = str(RECIPES.parent)
+    paths = [str(RECIPES.parent), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
-        "PYTHONPATH": root,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_NUM_THREADS": threads,
         "HF_HUB_OFFLINE": "1",
         **more,

@@ -14,10 +14,13 @@ TITLE = "C++ kernel"
 COMPILED = True
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unavailable() -> str | None:
     """Why there is no kernel on this machine, or None."""
     return kernels.select("attention").reason
+
+
+# A constant for torch.compile. `torch.compiler.assume_constant_result` does no more than this, but loads the compiler.
+vars(unavailable)["_dynamo_marked_constant"] = True
 
 
 def supports(call: Call) -> str | None:

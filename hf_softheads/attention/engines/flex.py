@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import flex_attention as torch_flex
 
 from hf_softheads.attention.call import Call, Inputs, ScoreForm, ScoreMod, own_key, per_row
 
@@ -62,6 +61,7 @@ def run(call: Call) -> Tensor:
 
 def attend(inputs: Inputs, form: ScoreForm) -> Tensor:
     """`(B, H, Q, Dv)` in the value's dtype."""
+    torch_flex = _torch_flex()
     dtype = inputs.value.dtype
     query, key = inputs.query.to(dtype), inputs.key.to(dtype)
     run = _compiled() if query.device.type in DEVICES else torch_flex.flex_attention
@@ -121,7 +121,7 @@ def _blocks(inputs: Inputs) -> Any:
         b, h = (b if many else 0 * b), (h if each else 0 * h)
         return keep[b, h, q, k] & (own[b, h, q] - k < window)
 
-    return torch_flex.create_block_mask(
+    return _torch_flex().create_block_mask(
         mask_mod,
         keep.shape[0] if many else None,
         keep.shape[1] if each else None,
@@ -141,9 +141,16 @@ def _causal(queries: int, keys: int, window: int | None, device: torch.device) -
             distance = q + offset - k
             return (distance >= 0) & (distance < reach)
 
-        return torch_flex.create_block_mask(mask_mod, None, None, queries, keys, device=device)
+        make = _torch_flex().create_block_mask
+        return make(mask_mod, None, None, queries, keys, device=device)
 
 
 @functools.cache
 def _compiled() -> Any:
-    return torch.compile(torch_flex.flex_attention)
+    return torch.compile(_torch_flex().flex_attention)
+
+
+def _torch_flex() -> Any:
+    from torch.nn.attention import flex_attention  # loads torch's compiler in some versions
+
+    return flex_attention

@@ -102,6 +102,12 @@ class KernelRowsHead(RowsHead):
     def logsumexp(self, hidden: Tensor) -> Tensor:
         return self._owner(hidden).logsumexp(self, hidden)
 
+    def token_numbers(
+        self, hidden: Tensor, labels: Tensor, temperature: float, moments: bool
+    ) -> Tensor:
+        owner = self._owner(hidden)
+        return owner.token_numbers(self, hidden, labels, temperature, moments)
+
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return self._owner(hidden).topk(self, hidden, k)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_softheads.heads import base
-from hf_softheads.heads.base import Head, check_temperature
+from hf_softheads.heads.base import Head
+from hf_softheads.heads.forms.sampling import check_temperature
+from hf_softheads.heads.forms.token_numbers import over_blocks
 from hf_softheads.heads.forms.trainable_codes import Additive
 
 _BLOCK = 4096  # rows rebuilt at once
@@ -114,6 +116,30 @@ class RowsHead(Head):
 
     def logsumexp(self, hidden: Tensor) -> Tensor:
         return self._stream(hidden, hidden.new_zeros(hidden.shape[:-1], dtype=torch.long))[0]
+
+    def token_numbers(
+        self, hidden: Tensor, labels: Tensor, temperature: float, moments: bool
+    ) -> Tensor:
+        transform, places = self._known_transform(), self.row_of_token()
+        place = (labels if places is None else places[labels].long()).reshape(-1)
+
+        def block(x: Tensor, start: int, stop: int) -> Tensor:
+            return transform(self._block(x, start, stop)) / temperature
+
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        tokens = max(1, base._CHUNK_ELEMENTS // min(_BLOCK, self.out_features))
+        spans = list(self.blocks())
+        found = torch.cat(
+            [
+                over_blocks(block, spans, spans, self.prepare(h), y, moments)
+                for h, y in zip(flat.split(tokens), place.split(tokens), strict=True)
+            ]
+        )
+        if (order := self.token_of_row()) is not None:
+            log_prob, entropy, best, *rest = found.unbind(-1)
+            best = order[best.detach().long()].to(found.dtype)
+            found = torch.stack([log_prob, entropy, best, *rest], -1)
+        return found.view(*labels.shape, found.shape[-1])
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.heads.base import Head, check_temperature, gumbel_max, index_dtype
+from hf_softheads.bitpack import index_dtype
+from hf_softheads.heads.base import Head
+from hf_softheads.heads.forms.sampling import check_temperature, gumbel_max
 
 
 class Groups(NamedTuple):
@@ -71,6 +73,40 @@ class VQHead(Head):
             hidden,
             width=4 * len(self.weight),
         )
+
+    def token_numbers(
+        self, hidden: Tensor, labels: Tensor, temperature: float, moments: bool
+    ) -> Tensor:
+        if not (self._factorises and self._increases):
+            return super().token_numbers(hidden, labels, temperature, moments)
+        groups, mass = self.groups(), self.code_mass(temperature)
+        shift, own = (
+            self._shifts(temperature),
+            self._derived("peak", self._peaks, self.codes, *self._biases),
+        )
+        squares = self.code_mass(temperature / 2) if moments else mass
+
+        def chunk(h: Tensor, y: Tensor) -> Tensor:
+            raw = F.linear(h, self.weight).float()
+            z = self._known_transform()(raw) / temperature
+            total = (z + mass).logsumexp(-1, keepdim=True)
+            share = (z + mass - total).exp()  # p(code), 0 for one without tokens
+            picked = z.gather(-1, groups.code_of[y].long().unsqueeze(-1)).squeeze(-1)
+            surprise = total - z
+            if shift is not None:
+                picked = picked + shift[0][y]
+                surprise = surprise - shift[1]
+            best = groups.tokens[groups.starts[(raw.detach() + own).argmax(-1)]]
+            found = [picked - total.squeeze(-1), (share * surprise).sum(-1), best.to(z.dtype)]
+            if moments:
+                flat, count = z.detach(), self.out_features
+                mean = (flat * (groups.sizes / count)).sum(-1)
+                mean = mean if shift is None else mean + shift[0].detach().mean()
+                twice = (2 * flat + squares.detach()).logsumexp(-1)
+                found += [mean, twice - 2 * total.detach().squeeze(-1)]
+            return torch.stack(found, -1)
+
+        return self._in_chunks(chunk, hidden, labels, width=6 * len(self.weight))
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -151,6 +187,9 @@ class VQHead(Head):
         """The least perplexity that this map (with its bias as fitted) allows; None without statistics."""
         value = int(self.floor[0 if self.bias is None else 1])
         return None if value < 0 else math.exp(value / 1e6)
+
+    def index_limits(self) -> dict[str, int]:
+        return {"codes": len(self.weight)}
 
     def code_table(self) -> tuple[Tensor, int]:
         return self.codes.long()[:, None], len(self.weight)
@@ -249,6 +288,16 @@ class VQHead(Head):
         if torch.is_grad_enabled() and bias.requires_grad:
             return build()
         return self._derived("mass", build, self.codes, bias, constants=gain / temperature)
+
+    def _shifts(self, temperature: float) -> tuple[Tensor, Tensor] | None:
+        """Bias of each token in the logits `(V,)`, and its mean over `p(token | code)`, `(C,)`; None without bias."""
+        if self.bias is None:
+            return None
+        index = self.groups().code_of.long()
+        shift = self.bias.float() * (self.gain / temperature)
+        within = (shift - self.code_mass(temperature)[index]).exp()
+        mean = shift.new_zeros(len(self.weight)).index_add(0, index, within * shift)
+        return shift, mean
 
     def _within(self, temperature: float) -> Tensor | None:
         """Running sum of `p(token | code)` in the order of `tokens`, `(V,)` fp64; None if it is uniform."""

@@ -1,0 +1,68 @@
+"""Whether a loaded model's head came from its checkpoint, or was made up because the checkpoint has none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+_LOADED = (
+    "_is_hf_initialized"  # transformers' mark on every parameter that it read from a checkpoint
+)
+
+
+def check_loaded(model: PreTrainedModel, path: str, head: nn.Module) -> None:
+    """Refuse a head at random: one without transformers' mark, in a loaded model, that its checkpoint does not hold.
+
+    The mark alone will not do: a resized head has none either.
+
+    Raises:
+        ValueError: names what the checkpoint lacks.
+    """
+    bare = [f"{path}.{name}" for name, p in head.named_parameters() if not hasattr(p, _LOADED)]
+    if not bare or not any(hasattr(p, _LOADED) for p in model.parameters()):
+        return  # read from a checkpoint, or made by hand
+    held = _checkpoint_names(model)
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    for name in bare:
+        ends = [".".join(known.split(".")[-2:]) for known in (name, tied.get(name, name))]
+        if held and not any(f".{key}".endswith(f".{end}") for key in held for end in ends):
+            raise ValueError(
+                f"{name} was not in the checkpoint {model.name_or_path}, so transformers made it up at random; load a "
+                f"checkpoint with a trained head. If you have trained it since, save {type(model).__name__} and load "
+                "that"
+            )
+
+
+def _checkpoint_names(model: PreTrainedModel) -> set[str]:
+    """The tensors in the checkpoint that a model was loaded from; none where it is not at hand as safetensors."""
+    index, whole = (_file(model, name) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+    try:
+        if index is not None:
+            return set(json.loads(index.read_text())["weight_map"])
+        if whole is not None:
+            with safe_open(str(whole), framework="pt") as file:
+                return set(file.keys())
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return set()  # replaced since
+    return set()
+
+
+def _file(model: PreTrainedModel, name: str) -> Path | None:
+    source: Any = model.name_or_path
+    here = Path(source, name)
+    if source and here.is_file():
+        return here
+    try:
+        cached = try_to_load_from_cache(
+            source, name, revision=getattr(model.config, "_commit_hash", None)
+        )
+    except ValueError:  # no name of a repository
+        return None
+    return Path(cached) if isinstance(cached, str) else None

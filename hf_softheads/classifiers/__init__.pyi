@@ -1,0 +1,2 @@
+# Written by `make docs`.
+from hf_softheads.classifiers.softpool import SoftPool as SoftPool

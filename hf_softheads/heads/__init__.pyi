@@ -1,0 +1,25 @@
+# Written by `make docs`.
+from hf_softheads.heads.adaptive import Adaptive as Adaptive
+from hf_softheads.heads.binary_tree import BinaryTree as BinaryTree
+from hf_softheads.heads.cascade import Cascade as Cascade
+from hf_softheads.heads.context_screen import ContextScreen as ContextScreen
+from hf_softheads.heads.cosine import Cosine as Cosine
+from hf_softheads.heads.dense import Dense as Dense
+from hf_softheads.heads.draft import Draft as Draft
+from hf_softheads.heads.fourier import Fourier as Fourier
+from hf_softheads.heads.frequency_tier import FrequencyTier as FrequencyTier
+from hf_softheads.heads.hierarchical import Hierarchical as Hierarchical
+from hf_softheads.heads.lattice import Lattice as Lattice
+from hf_softheads.heads.low_rank import LowRank as LowRank
+from hf_softheads.heads.low_rank_residual import LowRankResidual as LowRankResidual
+from hf_softheads.heads.mixture import Mixture as Mixture
+from hf_softheads.heads.product_vq import ProductVQ as ProductVQ
+from hf_softheads.heads.quantized import Quantized as Quantized
+from hf_softheads.heads.residual_vq import ResidualVQ as ResidualVQ
+from hf_softheads.heads.screened import Screened as Screened
+from hf_softheads.heads.sdm import SDM as SDM
+from hf_softheads.heads.sigsoftmax import Sigsoftmax as Sigsoftmax
+from hf_softheads.heads.svm import SVM as SVM
+from hf_softheads.heads.temperature import Temperature as Temperature
+from hf_softheads.heads.transform_coded import TransformCoded as TransformCoded
+from hf_softheads.heads.vq import VQ as VQ
