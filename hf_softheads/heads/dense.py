@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hf_softheads.heads import base
 from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.heads.forms.matrix_numbers import Walk, of_matrix
 from hf_softheads.heads.forms.streamed_rows import products
-from hf_softheads.heads.forms.token_numbers import of_matrix
 from hf_softheads.kernels import select
 from hf_softheads.kernels.dense import dense_score
 
@@ -81,16 +81,9 @@ class DenseHead(Head):
     def token_numbers(
         self, hidden: Tensor, labels: Tensor, temperature: float, moments: bool
     ) -> Tensor:
-        found = of_matrix(
-            hidden.reshape(-1, hidden.shape[-1]),
-            self.weight,
-            self.bias,
-            self._known_transform(),
-            labels.reshape(-1),
-            temperature,
-            moments,
-            base._CHUNK_ELEMENTS,
-        )
+        walk = Walk(self._known_transform(), temperature, moments, base._CHUNK_ELEMENTS)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        found = of_matrix(flat, self.weight, self.bias, labels.reshape(-1), walk)
         return found.view(*labels.shape, found.shape[-1])
 
     def resize(self, vocab: int) -> DenseHead:

@@ -9,12 +9,12 @@ from torch.utils.checkpoint import checkpoint
 from hf_softheads.heads import base
 from hf_softheads.heads.base import Head, LogitTransform
 from hf_softheads.heads.forms.sampling import check_temperature
+from hf_softheads.heads.forms.matrix_numbers import Walk, of_matrix
 from hf_softheads.heads.forms.token_numbers import (
     TokenStatistics,
     as_statistics,
     labelled,
     of_logits,
-    of_matrix,
 )
 
 
@@ -42,8 +42,8 @@ def token_statistics(
 
     def of_linear(h: Tensor, y: Tensor) -> Tensor:
         assert isinstance(head, nn.Linear)
-        elements = base._CHUNK_ELEMENTS
-        return of_matrix(h, head.weight, head.bias, after, y, temperature, False, elements)
+        walk = Walk(after, temperature, moments=False, elements=base._CHUNK_ELEMENTS)
+        return of_matrix(h, head.weight, head.bias, y, walk)
 
     def of_any(h: Tensor, y: Tensor) -> Tensor:
         def chunk(h: Tensor, y: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import hf_softheads as sh
 from hf_softheads.bridge import SplitModel
 from hf_softheads.heads import VQ, Dense, Draft, Quantized, base
 from hf_softheads.heads.base import Head, HeadSpec
-from hf_softheads.heads.forms import streamed_rows, token_numbers
+from hf_softheads.heads.forms import matrix_numbers, streamed_rows
 from tests.conftest import VOCAB, make_model
 from tests.heads.conftest import Toy
 from tests.heads.test_contract import COMPOSED, NAMES, TRANSFORMS, _Largest, fitted, specs
@@ -49,8 +49,7 @@ def by_definition(logits: Tensor, labels: Tensor, temperature: float) -> dict[st
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "_CHUNK_ELEMENTS", 2**12)
     monkeypatch.setattr(streamed_rows, "_BLOCK", 100)
-    monkeypatch.setattr(token_numbers, "_COLUMNS", 100)
-    monkeypatch.setattr(token_numbers, "_TOKENS", 17)
+    monkeypatch.setattr(matrix_numbers, "_COLUMNS", 100)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -126,8 +125,7 @@ def test_never_holds_all_logits(
     middle: HeadSpec, toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "_CHUNK_ELEMENTS", 2**14)
-    monkeypatch.setattr(token_numbers, "_TOKENS", 256)
-    monkeypatch.setattr(token_numbers, "_COLUMNS", 64)
+    monkeypatch.setattr(matrix_numbers, "_COLUMNS", 8)
     head = fitted(middle, toy)
     with torch.no_grad(), _Largest() as largest:
         head.token_statistics(toy.hidden, toy.labels)

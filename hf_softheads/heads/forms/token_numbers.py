@@ -6,14 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-from hf_softheads.heads.forms.logit_transform import LogitTransform
-
-_TOKENS = 8192  # hidden states walked over the vocabulary at once
-_COLUMNS = 512  # of a block, at least: narrower matrix products waste the machine
 
 
 class TokenStatistics(NamedTuple):
@@ -88,34 +82,6 @@ def over_blocks(
         mean = rest[0].sum(-1) / spans[-1][1]
         found += [mean, rest[1].logsumexp(-1) - 2 * total.detach().squeeze(-1)]
     return torch.stack(found, -1)
-
-
-def of_matrix(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    labels: Tensor,
-    temperature: float,
-    moments: bool,
-    elements: int,
-) -> Tensor:
-    """`of_logits(transform(F.linear(hidden, weight, bias)) / temperature, …)`, `elements` logits at a time.
-
-    `hidden (n, D)`, `labels (n,)`; gradients reach the hidden states, the weight and the bias.
-    """
-
-    def block(x: Tensor, rows: Tensor, shift: Tensor | None) -> Tensor:
-        shift = None if shift is None else shift.to(x.dtype)
-        return transform(F.linear(x, rows.to(x.dtype), shift).float()) / temperature
-
-    width = max(_COLUMNS, elements // max(1, min(len(hidden), _TOKENS)))
-    spans = [(i, min(i + width, len(weight))) for i in range(0, len(weight), width)]
-    rows = weight.split(width)  # one gradient for all of it, where slices would each give their own
-    shifts = [None] * len(rows) if bias is None else bias.split(width)
-    pieces = list(zip(rows, shifts, strict=True))
-    parts = zip(hidden.split(_TOKENS), labels.split(_TOKENS), strict=True)
-    return torch.cat([over_blocks(block, spans, pieces, h, y, moments) for h, y in parts])
 
 
 def labelled(
