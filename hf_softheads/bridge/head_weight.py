@@ -56,6 +56,10 @@ class _Guarded(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if reader in (_OWN, "torch"):
                 return func(*args, **(kwargs or {}))
+            if func in _CASTS and reader.startswith("accelerate."):
+                return func(
+                    *args, **(kwargs or {})
+                )  # offloads it, and makes a parameter of it again
             if func in _CASTS:
                 return func(*args, **(kwargs or {})).as_subclass(HeadValues)
             own = next(a for a in _flat((args, kwargs or {})) if isinstance(a, _Guarded))
