@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_softheads as sh
+from hf_softheads import losses
 from hf_softheads.files import write_json
 from hf_softheads.heads import VQ
 from hf_softheads.report.provenance import provenance
@@ -107,6 +108,28 @@ def whole_kl(h: Tensor, w: Tensor, y: Tensor) -> Loss:
     return loss
 
 
+def wider(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states and output rows of a teacher twice as wide, with the scores of `teacher`."""
+    return torch.cat([h.detach()] * 2, -1), torch.cat([(w.detach() * 0.625).to(w.dtype)] * 2, -1)
+
+
+def whole_from_wider(loss: losses.base.LossSpec) -> Callable[[Tensor, Tensor, Tensor], Loss]:
+    def prepare(h: Tensor, w: Tensor, y: Tensor) -> Loss:
+        states, rows = wider(h, w)
+        return lambda: loss.per_token((h @ w.T).float(), y, (states @ rows.T).float()).mean()
+
+    return prepare
+
+
+def lean_from_wider(loss: losses.base.LossSpec) -> Callable[[Tensor, Tensor, Tensor], Loss]:
+    def prepare(h: Tensor, w: Tensor, y: Tensor) -> Loss:
+        states, rows = wider(h, w)
+        goal = sh.Objective(bare_model(w), {loss: 1.0}, rows, memory=LEAN)
+        return lambda: goal.from_hidden(h, y, teacher_hidden=states)
+
+    return prepare
+
+
 def objective(loss: str, memory: int = 2**29) -> Callable[[Tensor, Tensor, Tensor], Loss]:
     def prepare(h: Tensor, w: Tensor, y: Tensor) -> Loss:
         theirs = teacher(w) if loss == "kl" else None
@@ -176,6 +199,12 @@ METHODS: dict[str, Prepare] = {
     "Objective: cross-entropy, lean": objective("cross_entropy", memory=LEAN),
     "whole logits: KL from a teacher": whole_kl,
     "Objective: KL from a teacher": objective("kl"),
+    "whole logits: KL from a wider model": whole_from_wider(losses.KL()),
+    "Objective: KL from a wider model, lean": lean_from_wider(losses.KL()),
+    "whole logits: reverse KL from a wider model": whole_from_wider(losses.ReverseKL()),
+    "Objective: reverse KL from a wider model, lean": lean_from_wider(losses.ReverseKL()),
+    "whole logits: JSD from a wider model": whole_from_wider(losses.JSD()),
+    "Objective: JSD from a wider model, lean": lean_from_wider(losses.JSD()),
     "Objective: spherical z-loss, Gram matrix": objective("spherical_z"),
     "Objective: VQ head, C = V/16": vq(16),
     "Objective: VQ head, C = V/100": vq(100),
@@ -188,7 +217,7 @@ ONCE = {"F.linear_cross_entropy, chunked"}  # minutes on a CPU
 DENSE = [
     name
     for name in METHODS
-    if not any(other in name for other in ("z-loss", "VQ", "KL", "statistics"))
+    if not any(other in name for other in ("z-loss", "VQ", "KL", "JSD", "statistics"))
 ]
 
 

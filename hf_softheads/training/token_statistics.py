@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_softheads.heads import base
 from hf_softheads.heads.base import Head, LogitTransform
-from hf_softheads.heads.forms.sampling import check_temperature
 from hf_softheads.heads.forms.matrix_numbers import Walk, of_matrix
+from hf_softheads.heads.forms.sampling import check_temperature
 from hf_softheads.heads.forms.token_numbers import (
     TokenStatistics,
     as_statistics,
