@@ -19,8 +19,7 @@ from hf_softheads.text import embedded
 from hf_softheads.training.distill_head import repair_head
 from hf_softheads.training.objective import Objective
 from hf_softheads.training.trainer_loss import trainer_loss
-
-__version__ = "0.1.0"
+from hf_softheads.version import __version__ as __version__
 
 __all__ = [
     "Objective",

@@ -16,6 +16,7 @@ from hf_softheads.files import human_bytes
 from hf_softheads.kernels.onednn import why_no_int8
 from hf_softheads.report.provenance import provenance
 from hf_softheads.report.tables import Table
+from hf_softheads.version import __version__
 
 # by the name that people know, those of `/proc/cpuinfo` that all have to be there
 _FEATURES = {
@@ -37,8 +38,6 @@ def environment() -> dict[str, Any]:
     origin = provenance()
     versions = origin["versions"]
     if versions["hf_softheads"] is None:  # run from its source, not installed
-        from hf_softheads import __version__
-
         versions["hf_softheads"] = __version__
     return {
         "versions": versions,

@@ -66,9 +66,6 @@ def test_loading_with_a_layer_on_disk(spec, tokens, tmp_path):
 @pytest.mark.client(
     "accelerate", works='loading with the head on disk, also by `"auto"` with little memory'
 )
-@pytest.mark.xfail(
-    strict=True, reason="a head on the meta device cannot be traced", raises=ValueError
-)
 @pytest.mark.parametrize("how", ["disk", "auto"])
 @each_head
 def test_loading_with_the_head_on_disk(spec, how, tokens, tmp_path):
