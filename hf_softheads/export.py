@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_softheads.bridge import transformers_model
 from hf_softheads.files import check_output, new_folder, write_json
 from hf_softheads.measure.sizes import head_sizes
 from hf_softheads.report import cards
@@ -23,10 +24,11 @@ def export(
         results: what `cards.write_card` renders; kept as `softheads_results.json` too.
 
     Raises:
+        TypeError: `model` is not a transformers model.
         FileExistsError: `folder` exists and is not empty.
         OSError: the place is not writable, or has too little room; nothing stays behind.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), transformers_model(model)
     needed = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     check_output(folder, needed)
     with new_folder(folder) as fresh:

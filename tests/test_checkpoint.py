@@ -310,7 +310,11 @@ class HalvingQuantizer(HfQuantizer):
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model, **_):
-        self.found = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        self.found = [
+            name
+            for name, m in model.named_modules()
+            if isinstance(m, torch.nn.Linear) and name != "lm_head"
+        ]
         for name in self.found:
             model.get_submodule(name).register_forward_hook(lambda _, __, out: out / 2)
 

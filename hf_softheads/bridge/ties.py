@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_softheads.heads.base import Head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def without_heads(model: nn.Module, ties: Mapping[str, str]) -> dict[str, str]:

@@ -70,9 +70,6 @@ def test_saves_loads_and_generates(
     assert str(middle(name).name) in str(sh.describe(loaded))
 
 
-LOSSLESS = 1e-6  # nats a token: rounding in fp32, of heads that reproduce the dense logits
-
-
 def divergence(model: Any, tokens: torch.Tensor) -> float:
     """Mean `KL(dense ‖ head)` on these tokens."""
     found = sh.evaluate(model, tokens, reference=dense_head(model)).kl
@@ -92,10 +89,11 @@ def test_trains_without_logits_and_repairs(
     out.loss.backward()
     assert all(p.grad is not None for p in model.get_output_embeddings().parameters())
     model.zero_grad()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # something to repair, also where the fit reproduces the dense head
+        for p in model.get_output_embeddings().parameters():
+            noise = torch.randn(p.shape, generator=generator).to(p.dtype)
+            p += 0.3 * p.square().mean().sqrt() * noise
     before = divergence(model, tokens)
-    sh.repair_head(model, dense_head(model), tokens, steps=20, batch_size=256, lr=1e-3)
-    after = divergence(model, tokens)
-    if before < LOSSLESS:
-        assert after < LOSSLESS
-    else:
-        assert after < before
+    sh.repair_head(model, dense_head(model), tokens, steps=20, batch_size=256)
+    assert divergence(model, tokens) < before

@@ -18,7 +18,7 @@ from tests.heads.test_contract import COMPOSED, NAMES, TRANSFORMS, _Largest, fit
 
 MORE: dict[str, HeadSpec] = {
     **COMPOSED,
-    "vq with a bias": VQ(32, bias="fit"),
+    "vq with a bias": VQ(32, bias="fitted"),
     "draft, half of the tokens": Draft(128),
 }
 

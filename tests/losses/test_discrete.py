@@ -28,7 +28,7 @@ def scrambled(spec: HeadSpec) -> tuple[Any, Tensor, Tensor]:
     head = model.lm_head
     matrix, right = head.dense()[0].detach(), head.additive().codes
     wrong = right.clone()
-    book = head.additive().books[1].detach()
+    book = head.additive().books.detach()[1]
     near = torch.cdist(book, book).fill_diagonal_(torch.inf).argmin(1)
     wrong[::3, 1] = near[wrong[::3, 1]]
     head.store(wrong)
@@ -77,7 +77,7 @@ def test_describes_its_own_rows(spec: HeadSpec) -> None:
     head = scrambled(spec)[0].lm_head
     found = head.additive()
     width = D if found.basis is None else len(found.basis)
-    matrix = compose(found.codes, found.books, found.parts, width)
+    matrix = compose(found.codes, found.books.detach(), found.parts, width)
     matrix = matrix if found.basis is None else matrix @ found.basis
     torch.testing.assert_close(matrix, head.dense()[0], rtol=1e-5, atol=1e-5)
     tokens = torch.randint(0, V, (5, 3), generator=torch.Generator().manual_seed(3))

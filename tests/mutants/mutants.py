@@ -283,7 +283,7 @@ MUTANTS = [
         "a sample ignores the temperature within a code",
     ),
     Mutant(
-        "hf_softheads/heads/base.py",
+        "hf_softheads/heads/forms/sampling.py",
         "return (logits - noise.log_()).argmax(-1)",
         "return (logits - 0.9 * noise.log_()).argmax(-1)",
         "tests/heads/test_contract.py::test_samples_follow_the_distribution[vq-none-1.0]",
@@ -334,8 +334,8 @@ MUTANTS = [
     ),
     Mutant(
         _BRIDGE + "subclass.py",
-        "value=-100)[..., 1:]",
-        "value=-100)[..., :-1]",
+        "value=ignore_index)[..., 1:]",
+        "value=ignore_index)[..., :-1]",
         "tests/test_families.py::test_training_loss_inside_the_head[llama]",
         "a token is trained to predict itself",
     ),
@@ -355,8 +355,8 @@ MUTANTS = [
     ),
     Mutant(
         "hf_softheads/training/objective.py",
-        "x = hidden[:, :-1][kept]",
-        "x = hidden[:, 1:][kept]",
+        "x = hidden[kept]",
+        "x = hidden.roll(1, 1)[kept]",
         "tests/losses/test_objective.py::test_per_token_losses_and_their_gradients[cross_entropy-llama]",
         "the objective predicts from the wrong state",
     ),
