@@ -16,7 +16,7 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN) -m hf_softheads demo $(DEMO)
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal -m "$(FAST)"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal -m "$(FAST)" --ignore=tests/clients
 
 clients: $(VENV)/.clients
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -rs -n auto --maxprocesses 8 -m "$(FAST)" tests/clients

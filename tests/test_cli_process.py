@@ -79,7 +79,9 @@ hf_softheads.demo.repair_head = lambda *_, **__: None
     [
         ("patch embedded --head dense --output a/out", signal.SIGINT, "interrupted"),
         ("patch embedded --head dense --output a/out", signal.SIGTERM, "terminated"),
-        ("demo --quick --output a", signal.SIGINT, "interrupted"),
+        pytest.param(
+            "demo --quick --output a", signal.SIGINT, "interrupted", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_signal_leaves_one_line_and_nothing_half_written(command, number, word, tmp_path):

@@ -63,6 +63,7 @@ def test_a_saved_model_loads_in_a_process_that_only_imported_the_package(tmp_pat
     assert found.split() == ["SSMax", "True"]
 
 
+@pytest.mark.slow
 def test_an_unpickled_model_computes_in_a_process_that_only_imported_the_package(tmp_path):
     """Unpickling is what multiprocessing does with a model: nothing of this package is called before its forward."""
     import torch
@@ -95,6 +96,7 @@ def without(package: str, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_without_matplotlib_plots_are_refused_at_once(tmp_path):
     for command in (["diagnose", "embedded", "--plot", "plots"], ["demo", "--quick"]):
         done = without("matplotlib", *command[:2], *command[2:])
@@ -112,6 +114,7 @@ def test_without_datasets_a_table_is_refused_by_name(tmp_path):
     assert done.stderr == "softheads eval: datasets is not installed; run `pip install datasets`\n"
 
 
+@pytest.mark.slow
 def test_without_setuptools_a_kernel_says_what_to_install(tmp_path):
     code = (
         "import os, sys; os.environ['XDG_CACHE_HOME'] = sys.argv[1]; sys.modules['setuptools'] = None\n"

@@ -56,6 +56,7 @@ def test_wheel_and_sdist_hold_the_whole_package(built):
     assert needed() - inside == set()
 
 
+@pytest.mark.slow
 def test_command_runs_from_the_wheel(built, tmp_path):
     (wheel,) = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path)

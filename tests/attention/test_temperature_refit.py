@@ -58,6 +58,7 @@ def test_flat_rows_become_sharper() -> None:
     assert entropy(sa.AdaptiveTemperature.refit()) < plain - 0.3
 
 
+@pytest.mark.slow
 def test_a_coarse_measurement_agrees(script: dict[str, Any]) -> None:
     """Another head, trained a quarter as long, on fewer rows, finds the β of the results file within a quarter."""
     found = json.loads((ROOT / "benchmarks" / "results" / "adaptive_temperature.json").read_text())

@@ -217,7 +217,8 @@ def test_two_processes_give_the_result_of_one(
     assert_same(tmp_path / "two", run(fields, tmp_path / "one"))
 
 
-@pytest.mark.parametrize("train", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["full", "lora"])
 def test_sharded_killed_and_restarted_gives_the_result_of_one(
     experiment: dict[str, Any], tmp_path: Path, train: str
 ) -> None:
