@@ -37,13 +37,20 @@ def specs(name: str, toy: Toy) -> list[HeadSpec]:
     return variants("head")[name].ladder(*toy.shape)
 
 
+_FITTED: dict[tuple[HeadSpec, LogitTransform, int], tuple[Toy, Head]] = {}
+
+
 def fitted(spec: HeadSpec, toy: Toy, transform: LogitTransform | None = None) -> Head:
-    dim, vocab = toy.shape
-    spec.check(dim, vocab)
-    head = spec.module(dim, vocab)
-    head.transform = transform or LogitTransform()
-    spec.fit(head, toy.weight, None, toy.stats)
-    return head
+    """A copy of a head that is fitted once for all tests with this toy."""
+    key = spec, transform or LogitTransform(), id(toy)
+    if key not in _FITTED:
+        dim, vocab = toy.shape
+        spec.check(dim, vocab)
+        head = spec.module(dim, vocab)
+        head.transform = key[1]
+        spec.fit(head, toy.weight, None, toy.stats)
+        _FITTED[key] = toy, head
+    return copy.deepcopy(_FITTED[key][1])
 
 
 def kl(head: Head, toy: Toy) -> float:

@@ -48,7 +48,9 @@ def test_refuses_what_eight_columns_do_not_divide() -> None:
         Lattice(5)
 
 
-@pytest.mark.parametrize("inner", [Lattice(), TransformCoded(bits=4.0)], ids=["lattice", "coded"])
+@pytest.mark.parametrize(
+    "inner", [Lattice(), TransformCoded(bits=4.0, tiers=2)], ids=["lattice", "coded"]
+)
 def test_gives_a_screen_its_exact_rows(inner: HeadSpec, toy: Toy) -> None:
     """Every head that scores single tokens can; its logits of the candidates are those it gives by itself."""
     head, alone = fit(Screened(LowRank(8), 16, inner), toy), fit(inner, toy)
