@@ -14,7 +14,6 @@ import head_tables as heads
 from sources import ROOT, results, where
 from stubs import stub_files
 
-import hf_softheads  # noqa: F401 - registers every variant
 from hf_softheads.report.tables import Table, human_bytes
 
 

@@ -8,6 +8,7 @@ import re
 
 from sources import faster, milliseconds, results, where, written
 
+from hf_softheads import classifiers, heads  # noqa: F401 - register the variants
 from hf_softheads.registry import variants
 from hf_softheads.report.tables import Table, human_bytes
 

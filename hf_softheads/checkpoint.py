@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import AutoHfQuantizer, register_quantizer
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
 
 from hf_softheads import bridge, patching
 from hf_softheads.config import METHOD, SoftheadsConfig
+from hf_softheads.imports import after_import
 from hf_softheads.plan import MARKERS, mark
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@register_quantizer(METHOD)
 class SoftheadsQuantizer(HfQuantizer):
     """transformers' loading hooks for a `SoftheadsConfig`."""
 
@@ -39,7 +39,7 @@ class SoftheadsQuantizer(HfQuantizer):
         if quantization_config.inner is not None:
             inner = dict(quantization_config.inner)
             written = inner.pop("pre_quantized", self.patched)  # else quantized while loading
-            self.inner = AutoHfQuantizer.from_config(inner, pre_quantized=written)
+            self.inner = auto.AutoHfQuantizer.from_config(inner, pre_quantized=written)
             self.pre_quantized = written
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -134,6 +134,14 @@ for _name in (
 ):
     if hasattr(HfQuantizer, _name):
         setattr(SoftheadsQuantizer, _name, _forward_to_inner(_name))
+
+
+def _register() -> None:
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SoftheadsConfig
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = SoftheadsQuantizer
+
+
+after_import(auto.__name__, _register)  # a reload makes these tables anew
 
 
 def _keep_in_fp32(model: Any, names: set[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_softheads import sites
@@ -19,7 +18,6 @@ METHOD = "softheads"
 FORMAT_VERSION = 1
 
 
-@register_quantization_config(METHOD)
 class SoftheadsConfig(QuantizationConfigMixin):
     """What to patch: a head, an attention variant, or both.
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_softheads.export import export
+from hf_softheads.exporting import export
 from hf_softheads.files import check_output, write_json
 from hf_softheads.heads.base import Head
 from hf_softheads.heads.forms.vq_module import VQHead

@@ -136,8 +136,8 @@ def variants(kind: str) -> dict[str, type[Spec]]:
 
 
 def kinds() -> tuple[str, ...]:
-    """Every kind of variant, in the order in which they were defined."""
-    return tuple(Spec._registered)
+    """Every kind of variant, sorted."""
+    return tuple(sorted(Spec._registered))
 
 
 def spec_from_dict(kind: str, data: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_softheads  # noqa: F401 - its plan in config.json is understood from here on
-from hf_softheads.export import export
+from hf_softheads.exporting import export
 from hf_softheads.files import write_json
 from hf_softheads.plan import plan_of
 

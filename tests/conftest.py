@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import hf_softheads  # noqa: F401 - registers with transformers
+from hf_softheads import attention, classifiers, heads, losses  # noqa: F401 - every variant
 
 VOCAB = 96
 SIZES = {

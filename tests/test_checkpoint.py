@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import hf_softheads as sh
 from hf_softheads.config import FORMAT_VERSION
-from hf_softheads.export import export
+from hf_softheads.exporting import export
 
 from .conftest import VOCAB, make_model
 

@@ -99,6 +99,38 @@ def test_a_signal_leaves_one_line_and_nothing_half_written(command, number, word
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
+@pytest.mark.parametrize(
+    ("command", "module", "name"),
+    [
+        ("list", "argparse", "softheads"),  # before anything of the command line is there
+        ("list", "torch", "softheads"),
+        ("eval embedded", "transformers", "softheads eval"),
+    ],
+)
+def test_an_interrupt_while_a_package_is_imported(command, module, name, tmp_path):
+    (tmp_path / f"{module}.py").write_text(
+        "import time\nprint('ready', flush=True)\ntime.sleep(600)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    with subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from hf_softheads.cli import main; sys.exit(main())",
+            *command.split(),
+        ],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    assert error == f"\n{name}: interrupted\n"
+
+
 def test_a_reader_that_leaves_is_no_error(tmp_path):
     with started("print('ready', flush=True)", "list", cwd=tmp_path) as process:
         assert process.stdout.readline() == "ready\n"

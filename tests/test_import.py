@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from hf_softheads.cli import main
+from hf_softheads.imports import after_import
 
 ROOT = Path(__file__).parent.parent
 # Each is seconds to load, or only one path needs it.
@@ -17,12 +22,27 @@ ABSENT = {
     "torch.utils.cpp_extension",
     "triton",
     "transformers.modeling_utils",
+    "transformers.quantizers",
     "matplotlib",
     "datasets",
     "peft",
     "pandas",
     "setuptools",
 }
+STAGES = """
+import contextlib, io, json, sys
+stages = {"before": list(sys.modules)}
+import hf_softheads as sh
+stages["import"] = list(sys.modules)
+from hf_softheads.cli import main
+for command in ("--version", "--help", "list"):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main([command])
+    stages[command] = list(sys.modules)
+public = [getattr(sh, name) for name in sh.__all__]
+stages["public"] = list(sys.modules)
+print(json.dumps(stages))
+"""
 
 
 def python(code: str, *arguments: str) -> str:
@@ -36,31 +56,96 @@ def python(code: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "what", ["import hf_softheads", "import hf_softheads.cli as c; c._parser()"]
-)
-def test_import_loads_no_more_than_it_needs(what):
-    loaded = json.loads(python(f"{what}\nimport sys, json; print(json.dumps(sorted(sys.modules)))"))
-    assert "hf_softheads.heads.vq" in loaded
-    assert ABSENT & set(loaded) == set()
+def test_nothing_is_imported_before_it_is_needed():
+    stages = {stage: set(names) for stage, names in json.loads(python(STAGES)).items()}
+    own = {"hf_softheads", "hf_softheads.imports", "hf_softheads.version", "__future__"}
+    assert stages["import"] - stages["before"] <= own
+    assert {"torch", "transformers", "rich"} & stages["--help"] == set()
+    assert "hf_softheads.heads.vq" in stages["list"]
+    assert "transformers" not in stages["list"]
+    assert "hf_softheads.patching" in stages["public"]
+    assert ABSENT & stages["public"] == set()
 
 
 def test_a_saved_model_loads_in_a_process_that_only_imported_the_package(tmp_path):
-    """The attention implementation is registered when the first model needs it."""
+    """In whichever order it and transformers are imported."""
     from hf_softheads import attention, patch
     from tests.conftest import make_model
 
     model = patch(make_model("llama"), attention=attention.SSMax())
     model.save_pretrained(tmp_path / "saved")
     found = python(
-        "import hf_softheads, torch, sys\n"
+        "import hf_softheads, importlib, sys\n"
         "from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "print(type(model.model.layers[0].self_attn.softheads.spec).__name__)\n"
-        "print(model(torch.ones(1, 4, dtype=torch.long)).logits.isfinite().all().item())",
+        "import torch\n"
+        "def load():\n"
+        "    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "    finite = model(torch.ones(1, 4, dtype=torch.long)).logits.isfinite().all().item()\n"
+        "    print(type(model.model.layers[0].self_attn.softheads.spec).__name__, finite)\n"
+        "def forget(*names):\n"
+        "    for name in [m for m in sys.modules if m.startswith(names)]:\n"
+        "        del sys.modules[name]\n"
+        "load()\n"
+        "importlib.reload(sys.modules['transformers.quantizers.auto']); load()\n"
+        "forget('hf_softheads'); import hf_softheads; load()\n"
+        "forget('hf_softheads', 'transformers.quantizers'); import hf_softheads.checkpoint\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known\n"
+        "print(known['softheads'] is hf_softheads.checkpoint.SoftheadsQuantizer)",
         str(tmp_path / "saved"),
     )
-    assert found.split() == ["SSMax", "True"]
+    assert found.splitlines() == ["SSMax True"] * 3 + ["True"]
+
+
+@pytest.fixture
+def stranger(tmp_path, monkeypatch):
+    """A package of somebody else's, with a module `later` that counts its executions."""
+    (tmp_path / "stranger").mkdir()
+    (tmp_path / "stranger" / "__init__.py").write_text("")
+    (tmp_path / "stranger" / "later.py").write_text("names = ['a']\n")
+    (tmp_path / "stranger" / "first.py").write_text("from stranger.later import names\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    yield "stranger.later"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "stranger"]:
+        del sys.modules[name]
+
+
+def registered() -> None:
+    sys.modules["stranger.later"].names.append("b")
+
+
+@pytest.mark.parametrize("by", ["stranger.later", "stranger.first"])
+def test_after_an_import(stranger, by):
+    after_import(stranger, registered)
+    assert stranger not in sys.modules
+    importlib.import_module("stranger")
+    assert stranger not in sys.modules
+    assert importlib.import_module(by).names == ["a", "b"]
+    importlib.import_module(stranger)
+    assert sys.modules[stranger].names == ["a", "b"]  # once
+    loader = sys.modules[stranger].__spec__.loader
+    assert isinstance(loader, importlib.machinery.SourceFileLoader)
+    assert sys.modules[stranger].__loader__ is loader
+
+
+def test_after_an_import_that_was_before(stranger):
+    later = importlib.import_module(stranger)
+    after_import(stranger, registered)
+    assert later.names == ["a", "b"]
+    assert importlib.reload(later).names == ["a", "b"]
+
+
+def test_after_an_import_for_two(stranger):
+    after_import(stranger, registered)
+    after_import(stranger, registered)
+    assert importlib.import_module(stranger).names == ["a", "b", "b"]
+
+
+def test_after_an_import_that_fails(stranger, tmp_path):
+    after_import("stranger.none", registered)
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'stranger\.none'"):
+        importlib.import_module("stranger.none")
+    assert importlib.util.find_spec(stranger).loader.get_source(stranger) == "names = ['a']\n"
 
 
 @pytest.mark.slow
@@ -81,37 +166,25 @@ def test_an_unpickled_model_computes_in_a_process_that_only_imported_the_package
     assert found.split() == ["True"]
 
 
-def without(package: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process where a package cannot be imported."""
-    code = (
-        f"import sys; sys.modules[{package!r}] = None\n"
-        "from hf_softheads.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code, *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.slow
-def test_without_matplotlib_plots_are_refused_at_once(tmp_path):
+def test_without_matplotlib_plots_are_refused_at_once(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     for command in (["diagnose", "embedded", "--plot", "plots"], ["demo", "--quick"]):
-        done = without("matplotlib", *command[:2], *command[2:])
-        assert done.returncode == 2
-        assert done.stdout == ""  # before anything was measured
-        wanted = f"softheads {command[0]}: plots need matplotlib; run `pip install matplotlib`\n"
-        assert done.stderr == wanted
+        assert main(command) == 2
+        out, err = capsys.readouterr()
+        assert out == ""  # before anything was measured
+        assert (
+            err == f"softheads {command[0]}: plots need matplotlib; run `pip install matplotlib`\n"
+        )
 
 
-def test_without_datasets_a_table_is_refused_by_name(tmp_path):
+def test_without_datasets_a_table_is_refused_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
     file = tmp_path / "text.jsonl"
     file.write_text('{"text": "x"}\n')
-    done = without("datasets", "eval", "embedded", "--data", str(file))
-    assert done.returncode == 2
-    assert done.stderr == "softheads eval: datasets is not installed; run `pip install datasets`\n"
+    assert main(["eval", "embedded", "--data", str(file)]) == 2
+    wanted = "softheads eval: datasets is not installed; run `pip install datasets`\n"
+    assert capsys.readouterr().err == wanted
 
 
 @pytest.mark.slow

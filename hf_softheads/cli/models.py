@@ -47,13 +47,10 @@ class NamedModel:
             OSError: they cannot be read.
             ValueError: some that the model needs are not there.
         """
-        import torch
         from transformers import AutoModelForCausalLM
 
         if self.name == embedded.NAME:
-            return embedded.load_embedded(
-                torch.float32 if dtype == "auto" else getattr(torch, dtype)
-            )[0]
+            return embedded.load_embedded("float32" if dtype == "auto" else dtype)[0]
         try:
             with _quiet():
                 model, report = AutoModelForCausalLM.from_pretrained(
@@ -81,6 +78,9 @@ def find(name: str) -> NamedModel:
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    from hf_softheads.report.provenance import quiet_unless_terminal
+
+    quiet_unless_terminal()
     place = str(embedded.FOLDER) if name == embedded.NAME else name
     try:
         config = AutoConfig.from_pretrained(_place_of_config(place))

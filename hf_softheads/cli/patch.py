@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_softheads import sites
 from hf_softheads.cli import models, texts
 from hf_softheads.cli.values import items, whole
 from hf_softheads.registry import read_setting
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    from hf_softheads import sites
+
     models.add_model(parser)
     for slot in sites.slots():
         parser.add_argument(f"--{slot}", metavar="VARIANT", help=f"see: softheads list {slot}")
@@ -58,7 +59,7 @@ def calibrated(model: Any, rows: Any, tokens: int) -> HeadStats:
 
 def save(model: Any, named: models.NamedModel, output: Path) -> None:
     """Export the patched model, with a card."""
-    from hf_softheads.export import export
+    from hf_softheads.exporting import export
     from hf_softheads.report.provenance import provenance
 
     results = {"base_model": named.name, "provenance": provenance()}
@@ -71,6 +72,8 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: a setting of nothing.
     """
+    from hf_softheads import sites
+
     plan: dict[str, Any] = {}
     for slot in sites.slots():
         if name := getattr(arguments, slot):

@@ -7,15 +7,16 @@ A 4.7 M-parameter Llama (vocabulary 8,192, hidden size 192, grouped-query attent
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 NAME = "embedded"
 FOLDER = Path(__file__).parents[1] / "assets" / "tiny"
 
 
-def load_embedded(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_embedded(dtype: torch.dtype | str = "float32") -> tuple[Any, Any]:
     """The embedded model and its tokenizer.
 
     Raises:
