@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_softheads.heads  # noqa: F401 - registers the variants
-from hf_softheads.heads import LowRank, ProductVQ, Quantized, base, product_vq
+from hf_softheads.heads import (
+    LowRank,
+    ProductVQ,
+    Quantized,
+    base,
+    context_screen,
+    fourier,
+    product_vq,
+)
 from hf_softheads.heads.base import Head, HeadSpec, LogitTransform
 from hf_softheads.heads.fit import blockwise as fitting
 from hf_softheads.heads.fit import kmeans
@@ -37,20 +45,21 @@ def specs(name: str, toy: Toy) -> list[HeadSpec]:
     return variants("head")[name].ladder(*toy.shape)
 
 
-_FITTED: dict[tuple[HeadSpec, LogitTransform, int], tuple[Toy, Head]] = {}
+_FITTED: dict[tuple[HeadSpec, int], tuple[Toy, Head]] = {}
 
 
 def fitted(spec: HeadSpec, toy: Toy, transform: LogitTransform | None = None) -> Head:
-    """A copy of a head that is fitted once for all tests with this toy."""
-    key = spec, transform or LogitTransform(), id(toy)
+    """A copy of a head that is fitted once for all tests with this toy, in a family that does `transform`."""
+    key = spec, id(toy)
     if key not in _FITTED:
         dim, vocab = toy.shape
         spec.check(dim, vocab)
         head = spec.module(dim, vocab)
-        head.transform = key[1]
         spec.fit(head, toy.weight, None, toy.stats)
         _FITTED[key] = toy, head
-    return copy.deepcopy(_FITTED[key][1])
+    head = copy.deepcopy(_FITTED[key][1])
+    head.transform = transform or LogitTransform()
+    return head
 
 
 def kl(head: Head, toy: Toy) -> float:
@@ -85,8 +94,9 @@ def test_lossless_setting_reproduces_the_dense_logits(name: str, toy: Toy) -> No
     spec = variants("head")[name].lossless(*toy.shape)
     if spec is None:
         pytest.skip("has no lossless setting")
-    found = fitted(spec, toy).logits(toy.hidden)
-    torch.testing.assert_close(found, toy.hidden @ toy.weight.T, rtol=1e-3, atol=2e-3)
+    hidden = toy.hidden[:256]
+    found = fitted(spec, toy).logits(hidden)
+    torch.testing.assert_close(found, hidden @ toy.weight.T, rtol=1e-3, atol=2e-3)
 
 
 def test_more_budget_less_error(name: str, toy: Toy) -> None:
@@ -129,7 +139,7 @@ def test_samples_follow_the_distribution(
     middle: HeadSpec, toy: Toy, temperature: float, transform: str
 ) -> None:
     head = fitted(middle, toy, TRANSFORMS[transform])
-    draws = 10_000
+    draws = 5_000
     dense = (toy.hidden @ toy.weight.T).log_softmax(-1)
     hidden = toy.hidden[(dense.exp() * dense).sum(-1).argmin()].expand(draws, -1)
     assert (head.logits(hidden[0]) / temperature).softmax(-1).max() < 0.9  # some doubt is left
@@ -144,13 +154,13 @@ def test_samples_follow_the_distribution(
         ~likely
     ].sum().clamp_min(1)
     freedom = int(likely.sum())
-    assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
+    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5
     # every token a little too often or too rarely, as with another temperature, shows in the mean log-probability
     p = expected / draws
     surprise = p.log().clamp_min(-1e4)  # a token of probability 0 is drawn never
     mean = (p * surprise).sum()
     deviation = ((p * surprise.square()).sum() - mean.square()).clamp_min(0).sqrt()
-    assert ((found / draws * surprise).sum() - mean).abs() <= 5 * deviation / draws**0.5 + 1e-5
+    assert ((found / draws * surprise).sum() - mean).abs() <= 4 * deviation / draws**0.5 + 1e-5
 
 
 def test_refuses_a_temperature_of_zero(middle: HeadSpec, toy: Toy) -> None:
@@ -228,18 +238,17 @@ def test_lookup_tables_follow_the_tensors(middle: HeadSpec, toy: Toy, change: st
 
 def test_keeps_the_dense_bias(middle: HeadSpec, toy: Toy) -> None:
     """Shifting one token's bias by 3 shifts its logit by about 3 against the others."""
-    dim, vocab = toy.shape
-    heads = []
-    for shift in (0.0, 3.0):
-        bias = torch.zeros(vocab)
-        bias[7] = shift
-        head = middle.module(dim, vocab, bias=True)
-        middle.fit(head, toy.weight, bias, toy.stats)
-        heads.append(head.logits(toy.hidden[:64]).log_softmax(-1))
     if getattr(middle, "bias", "none") != "none":
         pytest.skip("fits its own bias from the statistics, which saw the dense one")
-    moved = (heads[1] - heads[0])[:, 7] - (heads[1] - heads[0])[:, 100]
-    assert float(moved.median().detach()) == pytest.approx(3.0, abs=0.5)  # a tree only nearly
+    dim, vocab = toy.shape
+    bias = torch.zeros(vocab)
+    bias[7] = 3.0
+    head = middle.module(dim, vocab, bias=True)
+    middle.fit(head, toy.weight, bias, toy.stats)
+    hidden = toy.hidden[:64]
+    moved = head.logits(hidden).log_softmax(-1) - fitted(middle, toy).logits(hidden).log_softmax(-1)
+    shift = float((moved[:, 7] - moved[:, 100]).median().detach())
+    assert shift == pytest.approx(3.0, abs=0.5)  # a tree only nearly
 
 
 class _Largest(TorchDispatchMode):
@@ -288,11 +297,14 @@ def test_fit_takes_half_precision_a_block_at_a_time(
     monkeypatch.setattr(product_vq, "_ROWS", 96)
     monkeypatch.setattr(kmeans, "_BLOCK_ELEMENTS", 96 * 16)
     monkeypatch.setattr(kmeans, "_CHUNK_ELEMENTS", 96 * 32)
-    half = replace(toy, weight=toy.weight.bfloat16())
+    monkeypatch.setattr(fourier, "_STEPS", 20)
+    monkeypatch.setattr(context_screen, "_STEPS", 10)
+    few = replace(toy.stats, states=toy.stats.states[:512], labels=toy.stats.labels[:512])
+    half = replace(toy, weight=toy.weight.bfloat16(), stats=few)
     with _Copies(half.weight.shape) as copies:
         found = fitted(middle, half)
     assert copies.count == 0
-    same = fitted(middle, replace(toy, weight=half.weight.float()))
+    same = fitted(middle, replace(half, weight=half.weight.float()))
     torch.testing.assert_close(found.logits(toy.hidden), same.logits(toy.hidden))
 
 
