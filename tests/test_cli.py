@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from importlib import import_module
 
 import pytest
 import torch
@@ -91,8 +90,8 @@ def test_patch_with_calibration_and_layers(text, tmp_path, capsys):
 
 
 def test_choose_prints_its_table_and_saves_the_best(text, tmp_path, capsys, monkeypatch):
-    few = {"vq": heads.VQ, "quantized": heads.Quantized}
-    monkeypatch.setattr(import_module("hf_softheads.measure.choose"), "variants", lambda kind: few)
+    few = [[heads.LowRank(8), heads.LowRank(16)], [heads.Dense()]]
+    monkeypatch.setattr("hf_softheads.measure.choose._ladders", lambda *_: few)
     out = tmp_path / "chosen"
     command = ["choose", "embedded", "--bits", "5", "--calibrate", str(text), "--output", str(out)]
     with pytest.warns(UserWarning, match=r"they need about (8,192|3,072)"):
@@ -144,7 +143,6 @@ def test_card(exported, tmp_path, capsys):
         ("patch embedded --attention ssmax --layers a --output out", "a layer is an integer"),
         ("patch embedded --output out", "nothing to do"),
         ("patch no/such/folder --head dense --output out", "cannot load 'no/such/folder'"),
-        ("choose embedded --bits 0.001 --tokens 9000", "no head fits into 0.001 bits"),
         ("eval embedded --data nothing.txt", "no such file or folder: nothing.txt"),
         ("card .", "no results to put on the card"),
         ("diagnose embedded --rows 0", "argument --rows: needs at least 1, got 0"),
@@ -333,10 +331,12 @@ def test_output_is_checked_before_anything_is_loaded(tmp_path, capsys, monkeypat
     assert not (tmp_path / "new").exists()
 
 
-def test_room_is_checked_before_the_fit(tmp_path, capsys, monkeypatch):
+def test_room_and_budget_are_checked_before_the_calibration(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(hf_softheads, "collect", lambda *_: pytest.fail("it was calibrated"))
+    command = ["choose", "embedded", "--calibrate", text, "--bits"]
+    assert "no head fits into 0.001 bits" in fails(capsys, *command, "0.001")
     full = shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    monkeypatch.setattr(hf_softheads, "collect", lambda *_: pytest.fail("it was calibrated"))
-    command = ["choose", "embedded", "--bits", "4", "--output", tmp_path / "out"]
-    assert "needs 18.0 MiB, only 10 B are free" in fails(capsys, *command)
-    assert list(tmp_path.iterdir()) == []
+    error = fails(capsys, *command, "4", "--output", tmp_path / "out")
+    assert "needs 18.0 MiB, only 10 B are free" in error
+    assert list(tmp_path.iterdir()) == [text]

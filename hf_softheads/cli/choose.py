@@ -35,6 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import hf_softheads as sh
     from hf_softheads.files import check_output
+    from hf_softheads.measure.choose import within_budget
 
     if arguments.output is not None:
         check_output(arguments.output)
@@ -43,6 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = named.load(arguments.dtype)
     if arguments.output is not None:
         check_output(arguments.output, models.nbytes(model))
+    within_budget(model, bits=arguments.bits, nbytes=arguments.bytes)
     stats = calibrated(model, rows, arguments.tokens)
     choice = sh.choose(model, stats, bits=arguments.bits, nbytes=arguments.bytes)
     print(choice)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,16 +76,10 @@ def choose(
         ValueError: not exactly one budget, statistics of another model or of fewer than 4 hidden states, or no
             candidate within the budget (the message names the smallest).
     """
-    base = bridge.transformers_model(model)
-    path, dense = bridge.find_head(base)
-    bridge.check_linear(path, dense)
-    weight: Tensor = dense.weight.detach()
-    bias: Tensor | None = getattr(dense, "bias", None)
+    base, weight, bias = _dense(model)
     vocab, dim = weight.shape
     stats.check(dim, vocab, least=_NEEDED)
-    if (bits is None) == (nbytes is None):
-        raise ValueError("give one budget: bits=… per weight, or nbytes=…")
-    budget = float(bits) if bits is not None else 8 * float(nbytes or 0) / weight.numel()
+    sized = within_budget(model, bits=bits, nbytes=nbytes, candidates=candidates)
     count = min(_HELD_OUT, len(stats.states) // 4)
     if count < 1:
         raise ValueError(
@@ -93,14 +88,6 @@ def choose(
     held_out = stats.states[:count].to(weight.device)
     fitting = replace(stats, states=stats.states[count:], labels=stats.labels[count:])
     transform = bridge.logit_transform(base)
-    ladders = _ladders(dim, vocab, budget) if candidates is None else [list(candidates)]
-    sized: list[tuple[float, HeadSpec]] = []
-    smallest = math.inf
-    for ladder in ladders:
-        sizes = [stored_bits(spec, dim, vocab, bias=bias is not None) for spec in ladder]
-        smallest = min([smallest, *sizes])
-        fitting_in = [pair for pair in zip(sizes, ladder, strict=True) if pair[0] <= budget]
-        sized += fitting_in if candidates is not None else fitting_in[-2:]
     trials = []
     for stored, spec in tqdm(sized, desc="choosing a head", disable=None, leave=False):
         with torch.device(weight.device):
@@ -109,12 +96,49 @@ def choose(
         spec.fit(head, weight, bias, fitting)
         kl, agreement = from_dense(head, weight, bias, held_out)
         trials.append(Trial(spec, stored, kl, agreement))
-    if not trials:
+    trials.sort(key=lambda t: t.kl)
+    return Choice(trials[0].spec, tuple(trials))
+
+
+def within_budget(
+    model: nn.Module,
+    *,
+    bits: float | None = None,
+    nbytes: int | None = None,
+    candidates: Iterable[HeadSpec] | None = None,
+) -> list[tuple[float, HeadSpec]]:
+    """The heads that `choose` would try, with the bits per weight that each stores.
+
+    Raises:
+        TypeError: `model` is not a transformers model.
+        ValueError: not exactly one budget, or no candidate within it (the message names the smallest).
+    """
+    _, weight, bias = _dense(model)
+    vocab, dim = weight.shape
+    if (bits is None) == (nbytes is None):
+        raise ValueError("give one budget: bits=… per weight, or nbytes=…")
+    budget = float(bits) if bits is not None else 8 * float(nbytes or 0) / weight.numel()
+    ladders = _ladders(dim, vocab, budget) if candidates is None else [list(candidates)]
+    sized: list[tuple[float, HeadSpec]] = []
+    smallest = math.inf
+    for ladder in ladders:
+        sizes = [stored_bits(spec, dim, vocab, bias=bias is not None) for spec in ladder]
+        smallest = min([smallest, *sizes])
+        fitting_in = [pair for pair in zip(sizes, ladder, strict=True) if pair[0] <= budget]
+        sized += fitting_in if candidates is not None else fitting_in[-2:]
+    if not sized:
         raise ValueError(
             f"no head fits into {budget:.3f} bits per weight; the smallest candidate takes {smallest:.3f}"
         )
-    trials.sort(key=lambda t: t.kl)
-    return Choice(trials[0].spec, tuple(trials))
+    return sized
+
+
+def _dense(model: nn.Module) -> tuple[Any, Tensor, Tensor | None]:
+    """The transformers model, the matrix of its head and its bias."""
+    base = bridge.transformers_model(model)
+    path, dense = bridge.find_head(base)
+    bridge.check_linear(path, dense)
+    return base, dense.weight.detach(), getattr(dense, "bias", None)
 
 
 def _ladders(dim: int, vocab: int, budget: float) -> list[list[HeadSpec]]:
