@@ -49,22 +49,46 @@ def test_warnings_show_no_source_and_only_inside_the_command(monkeypatch):
 
 
 def started(code: str, *command: str, cwd: Path) -> subprocess.Popen[str]:
-    """The command in a process of its own that first runs `code`, which may print `ready` from inside the work."""
-    begin = (
-        f"import sys, time; import hf_softheads.demo\n{code}\nfrom hf_softheads.cli import main\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    """A process of its own, which runs `code` and then the command."""
+    path = os.pathsep.join([str(cwd), str(Path(__file__).parents[1])])
+    end = "import sys\nfrom hf_softheads.cli import main\nsys.exit(main())"
     return subprocess.Popen(
-        [sys.executable, "-c", f"{begin}sys.exit(main(sys.argv[1:]))", *command],
+        [sys.executable, "-c", f"{code}\n{end}", *command],
         cwd=cwd,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+def test_a_signal_leaves_one_line_and_nothing_half_written(
+    number, word, tmp_path, monkeypatch, capsys
+):
+    def stop(*_: object) -> None:
+        assert list(tmp_path.glob("a/*.writing/model.safetensors"))  # in the middle of writing
+        assert signal.getsignal(number) is not signal.SIG_DFL
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("hf_softheads.report.cards.write_card", stop)
+    monkeypatch.chdir(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["patch", "embedded", "--head", "dense", "--output", "a/out"]) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, before)
+    error = capsys.readouterr().err
+    assert [line for line in error.splitlines() if line] == [f"softheads patch: {word}"]
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 STOP_IN_EXPORT = """
+import time
+import hf_softheads.demo
 from hf_softheads.report import cards
 def wait(*_):
     print("ready", flush=True)
@@ -74,28 +98,17 @@ hf_softheads.demo.repair_head = lambda *_, **__: None
 """
 
 
-@pytest.mark.parametrize(
-    ("command", "number", "word"),
-    [
-        ("patch embedded --head dense --output a/out", signal.SIGINT, "interrupted"),
-        ("patch embedded --head dense --output a/out", signal.SIGTERM, "terminated"),
-        pytest.param(
-            "demo --quick --output a", signal.SIGINT, "interrupted", marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_a_signal_leaves_one_line_and_nothing_half_written(command, number, word, tmp_path):
-    with started(STOP_IN_EXPORT, *command.split(), cwd=tmp_path) as process:
+@pytest.mark.slow
+def test_an_interrupted_demo_leaves_nothing_half_written(tmp_path):
+    with started(STOP_IN_EXPORT, "demo", "--quick", "--output", "a", cwd=tmp_path) as process:
         for line in process.stdout:
             if line == "ready\n":
                 break
         assert list(tmp_path.glob("a/*.writing/model.safetensors"))  # in the middle of writing
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
-    assert [line for line in error.splitlines() if line] == [
-        f"softheads {command.split()[0]}: {word}"
-    ]
+    assert process.returncode == 128 + signal.SIGINT
+    assert [line for line in error.splitlines() if line] == ["softheads demo: interrupted"]
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
@@ -111,19 +124,7 @@ def test_an_interrupt_while_a_package_is_imported(command, module, name, tmp_pat
     (tmp_path / f"{module}.py").write_text(
         "import time\nprint('ready', flush=True)\ntime.sleep(600)\n"
     )
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
-    with subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from hf_softheads.cli import main; sys.exit(main())",
-            *command.split(),
-        ],
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with started("", *command.split(), cwd=tmp_path) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=120)

@@ -42,6 +42,30 @@ for command in ("--version", "--help", "list"):
 public = [getattr(sh, name) for name in sh.__all__]
 stages["public"] = list(sys.modules)
 print(json.dumps(stages))
+
+import importlib
+from transformers import AutoModelForCausalLM
+import torch
+
+def load():
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    finite = model(torch.ones(1, 4, dtype=torch.long)).logits.isfinite().all().item()
+    print(type(model.model.layers[0].self_attn.softheads.spec).__name__, finite)
+
+def forget(*packages):
+    for name in [name for name in sys.modules if name.startswith(packages)]:
+        del sys.modules[name]
+
+load()
+auto = importlib.reload(sys.modules["transformers.quantizers.auto"])
+load()
+forget("hf_softheads")
+import hf_softheads
+load()
+forget("hf_softheads", "transformers.quantizers")
+from hf_softheads.checkpoint import SoftheadsQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+print(AUTO_QUANTIZER_MAPPING["softheads"] is SoftheadsQuantizer)
 """
 
 
@@ -56,8 +80,15 @@ def python(code: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_nothing_is_imported_before_it_is_needed():
-    stages = {stage: set(names) for stage, names in json.loads(python(STAGES)).items()}
+def test_imports_nothing_before_it_is_needed_and_loads_what_was_saved(tmp_path):
+    """A patched folder loads in a process that only imported the package, in whichever order with transformers."""
+    from hf_softheads import attention, patch
+    from tests.conftest import make_model
+
+    model = patch(make_model("llama"), attention=attention.SSMax())
+    model.save_pretrained(tmp_path / "saved")
+    first, *loaded = python(STAGES, str(tmp_path / "saved")).splitlines()
+    stages = {stage: set(names) for stage, names in json.loads(first).items()}
     own = {"hf_softheads", "hf_softheads.imports", "hf_softheads.version", "__future__"}
     assert stages["import"] - stages["before"] <= own
     assert {"torch", "transformers", "rich"} & stages["--help"] == set()
@@ -65,35 +96,7 @@ def test_nothing_is_imported_before_it_is_needed():
     assert "transformers" not in stages["list"]
     assert "hf_softheads.patching" in stages["public"]
     assert ABSENT & stages["public"] == set()
-
-
-def test_a_saved_model_loads_in_a_process_that_only_imported_the_package(tmp_path):
-    """In whichever order it and transformers are imported."""
-    from hf_softheads import attention, patch
-    from tests.conftest import make_model
-
-    model = patch(make_model("llama"), attention=attention.SSMax())
-    model.save_pretrained(tmp_path / "saved")
-    found = python(
-        "import hf_softheads, importlib, sys\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "import torch\n"
-        "def load():\n"
-        "    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "    finite = model(torch.ones(1, 4, dtype=torch.long)).logits.isfinite().all().item()\n"
-        "    print(type(model.model.layers[0].self_attn.softheads.spec).__name__, finite)\n"
-        "def forget(*names):\n"
-        "    for name in [m for m in sys.modules if m.startswith(names)]:\n"
-        "        del sys.modules[name]\n"
-        "load()\n"
-        "importlib.reload(sys.modules['transformers.quantizers.auto']); load()\n"
-        "forget('hf_softheads'); import hf_softheads; load()\n"
-        "forget('hf_softheads', 'transformers.quantizers'); import hf_softheads.checkpoint\n"
-        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known\n"
-        "print(known['softheads'] is hf_softheads.checkpoint.SoftheadsQuantizer)",
-        str(tmp_path / "saved"),
-    )
-    assert found.splitlines() == ["SSMax True"] * 3 + ["True"]
+    assert loaded == ["SSMax True"] * 3 + ["True"]
 
 
 @pytest.fixture
