@@ -22,10 +22,12 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from experiment import Experiment
 from peft import PeftModel
+from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_utils
 
 from hf_softheads.registry import spec_from_dict
 
+from . import processes
 from .conftest import RECIPES
 
 pytestmark = pytest.mark.filterwarnings(
@@ -145,23 +147,34 @@ def wait_for_step(output: Path, step: int, process: subprocess.Popen[bytes]) -> 
         time.sleep(0.02)
 
 
+def killed(_: int, fields: dict[str, Any], output: Path, at: int) -> None:
+    """A run that dies of SIGKILL before step `at`."""
+    batches = preparing.training_batches
+
+    def dying(*arguments: Any) -> Any:
+        found = batches(*arguments)
+        batch = found.at
+
+        def watched(step: int) -> Any:
+            if step == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return batch(step)
+
+        found.at = watched
+        return found
+
+    preparing.training_batches = dying
+    run(fields, output)
+
+
 def test_killed_and_restarted_ends_the_same(experiment: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL in a process of its own; what it left half-written is ignored."""
-    fields = {
-        **experiment,
-        "steps": 400,
-        "checkpoint_every": 20,
-        "eval_every": 0,
-        "eval_tokens": 64,
-    }
+    fields = {**experiment, "steps": 12, "eval_every": 0, "eval_tokens": 64}
     output = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(write(fields, tmp_path), output), env=environment(), stderr=subprocess.DEVNULL
-    )
-    wait_for_step(output, 30, process)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    (output / "checkpoints" / "step_000140.writing").mkdir()
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        processes.start(killed, 1, fields, output, 7)
+    assert checkpoints.complete(output / "checkpoints")[-1].name == "step_000006"
+    (output / "checkpoints" / "step_000008.writing").mkdir()
     assert losses(run(fields, output)) == losses(run(fields, tmp_path / "whole"))
 
 
@@ -203,11 +216,23 @@ def assert_same(output: Path, expected: dict[str, Any]) -> None:
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("train", ["head", pytest.param("lora", marks=pytest.mark.slow)])
-def test_two_processes_give_the_result_of_one(
-    experiment: dict[str, Any], tmp_path: Path, train: str
+def one_of_two(rank: int, port: int, fields: dict[str, Any], output: Path) -> None:
+    processes.join(rank, 2, port)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    run(fields, output)
+
+
+def test_two_processes_give_the_result_of_one(experiment: dict[str, Any], tmp_path: Path) -> None:
+    fields = {**experiment, "losses": {"kl": 1.0, "cross_entropy": 0.1}}
+    processes.start(one_of_two, 2, processes.free_port(), fields, tmp_path / "two")
+    assert_same(tmp_path / "two", run(fields, tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_two_launched_processes_give_the_result_of_one(
+    experiment: dict[str, Any], tmp_path: Path
 ) -> None:
-    fields = {**experiment, "train": train, "losses": {"kl": 1.0, "cross_entropy": 0.1}}
+    fields = {**experiment, "train": "lora", "losses": {"kl": 1.0, "cross_entropy": 0.1}}
     subprocess.run(
         launch(write(fields, tmp_path), tmp_path / "two", *DDP),
         env=environment(ACCELERATE_USE_CPU="true"),

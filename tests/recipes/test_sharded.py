@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hf_softheads as sh
 from hf_softheads.heads import VQ
 from tests.conftest import VOCAB, make_model
+from tests.recipes import processes
 
 WORLD = 2
 LOSSES = {"cross_entropy": 1.0, "entmax15": 0.1}
@@ -57,9 +56,9 @@ def train(model: Any, rows: torch.Tensor, count: int, factor: int) -> list[float
 
 
 def worker(rank: int, port: int, cases: list[str], folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    processes.join(rank, WORLD, port)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo")
     for case in cases:
         model = shard(model_for(case), case)
         mine = ROWS.chunk(WORLD)[rank]
@@ -72,16 +71,10 @@ def worker(rank: int, port: int, cases: list[str], folder: str) -> None:
     dist.destroy_process_group()
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    mp.spawn(worker, args=(free_port(), CASES, str(folder)), nprocs=WORLD)
+    processes.start(worker, WORLD, processes.free_port(), CASES, str(folder))
     return folder
 
 
@@ -110,11 +103,11 @@ def test_two_processes_train_as_one(case: str, outcomes: Path) -> None:
 
 def zero3(rank: int, port: int, folder: str) -> None:
     """Three steps of DeepSpeed's ZeRO stage 3, and the whole gradient of every parameter in the first."""
+    processes.join(rank, WORLD, port)
+    os.environ.update(LOCAL_SIZE=str(WORLD), DS_ACCELERATOR="cpu")
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_SIZE=str(WORLD))
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
     settings = {
@@ -144,11 +137,8 @@ ZERO3 = ["zero3", "zero3_tied", "zero3_vq"]
 
 
 @pytest.mark.skipif(not util.find_spec("deepspeed"), reason="deepspeed is not installed")
-def test_zero3_has_the_gradients_of_one_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    mp.spawn(zero3, args=(free_port(), str(tmp_path)), nprocs=WORLD)
+def test_zero3_has_the_gradients_of_one_process(tmp_path: Path) -> None:
+    processes.start(zero3, WORLD, processes.free_port(), str(tmp_path))
     for case in ZERO3:
         loss, found = torch.load(tmp_path / f"{case}.pt", weights_only=True)
         model = model_for(case)
