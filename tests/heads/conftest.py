@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.base import HeadSpec, LogitTransform
 from hf_softheads.heads.stats import HeadStats
 
 
@@ -68,8 +69,29 @@ def fit(spec: HeadSpec, toy: Toy, *, stats: bool = True) -> Any:
     return head
 
 
+_FITTED: dict[tuple[HeadSpec, int, bool], tuple[Toy, Any]] = {}
+
+
+def fitted(
+    spec: HeadSpec, toy: Toy, transform: LogitTransform | None = None, *, bias: bool = False
+) -> Any:
+    """A copy of a head that is fitted once for all tests with this toy, in a family that does `transform`; the dense
+    head has a bias from −1 to 1 if asked."""
+    key = spec, id(toy), bias
+    if key not in _FITTED:
+        spec.check(*toy.shape)
+        head = spec.module(*toy.shape, bias=bias)
+        offsets = torch.linspace(-1, 1, len(toy.weight)) if bias else None
+        spec.fit(head, toy.weight, offsets, toy.stats)
+        _FITTED[key] = toy, head  # the toy too: while it lives, its id is its own
+    head = copy.deepcopy(_FITTED[key][1])
+    head.transform = transform or LogitTransform()
+    return head
+
+
+@torch.no_grad()
 def kl(head: Any, toy: Toy) -> float:
     """`E KL(dense ‖ head)` in nats."""
     dense = (toy.hidden @ toy.weight.T).log_softmax(-1)
     mine = head.logits(toy.hidden).log_softmax(-1)
-    return float((dense.exp() * (dense - mine)).sum(-1).mean().detach())
+    return float((dense.exp() * (dense - mine)).sum(-1).mean())

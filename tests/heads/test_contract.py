@@ -21,12 +21,12 @@ from hf_softheads.heads import (
     fourier,
     product_vq,
 )
-from hf_softheads.heads.base import Head, HeadSpec, LogitTransform
+from hf_softheads.heads.base import HeadSpec, LogitTransform
 from hf_softheads.heads.fit import blockwise as fitting
 from hf_softheads.heads.fit import kmeans
 from hf_softheads.heads.fit import tree_nodes as tree_fit
 from hf_softheads.registry import spec_from_dict, variants
-from tests.heads.conftest import Toy
+from tests.heads.conftest import Toy, fitted, kl
 
 NAMES = sorted(variants("head"))
 COMPOSED: dict[str, HeadSpec] = {
@@ -43,32 +43,6 @@ TRANSFORMS = {
 
 def specs(name: str, toy: Toy) -> list[HeadSpec]:
     return variants("head")[name].ladder(*toy.shape)
-
-
-_FITTED: dict[tuple[HeadSpec, int], tuple[Toy, Head]] = {}
-
-
-def fitted(spec: HeadSpec, toy: Toy, transform: LogitTransform | None = None) -> Head:
-    """A copy of a head that is fitted once for all tests with this toy, in a family that does `transform`."""
-    key = spec, id(toy)
-    if key not in _FITTED:
-        dim, vocab = toy.shape
-        spec.check(dim, vocab)
-        head = spec.module(dim, vocab)
-        spec.fit(head, toy.weight, None, toy.stats)
-        _FITTED[key] = toy, head
-    head = copy.deepcopy(_FITTED[key][1])
-    head.transform = transform or LogitTransform()
-    return head
-
-
-def kl(head: Head, toy: Toy) -> float:
-    """`E KL(dense ‖ head)` in nats."""
-    with torch.no_grad():
-        dense = (toy.hidden @ toy.weight.T).log_softmax(-1)
-        return float(
-            (dense.exp() * (dense - head.logits(toy.hidden).log_softmax(-1))).sum(-1).mean()
-        )
 
 
 @pytest.fixture(params=NAMES)

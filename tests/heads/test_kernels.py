@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -22,7 +20,7 @@ from hf_softheads.kernels import (
     transform_coded,
 )
 from hf_softheads.kernels.quantized import quantized_scores
-from tests.heads.conftest import Toy
+from tests.heads.conftest import Toy, fitted
 
 needs_compiler = pytest.mark.skipif(
     select("quantized").reason is not None, reason=str(select("quantized").reason)
@@ -87,13 +85,6 @@ def test_head_uses_it_for_decoding(bits: int) -> None:
     torch.testing.assert_close(best[0], fast.topk(3).values)
 
 
-def fitted(spec: HeadSpec, toy: Toy, *, bias: bool = False) -> Any:
-    head = spec.module(*toy.shape, bias=bias)
-    offsets = torch.linspace(-1, 1, len(toy.weight)) if bias else None
-    spec.fit(head, toy.weight, offsets, toy.stats)
-    return head.requires_grad_(False)
-
-
 @needs_compiler
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -103,7 +94,7 @@ def test_transform_coded_kernel(
 ) -> None:
     skip_without(instructions)
     use(monkeypatch, instructions)
-    head = fitted(TransformCoded(bits=bits + 1.3, tiers=3), toy, bias=True)
+    head = fitted(TransformCoded(bits=bits + 1.3, tiers=3), toy, bias=True).requires_grad_(False)
     hidden = toy.hidden[:batch]
     exact = head.scores(hidden)
     head.use_kernels("require")
@@ -121,7 +112,7 @@ def test_transform_coded_kernel(
     "spec", [LowRankResidual(rank=2, bits=3), Quantized(3, frequent=40)], ids=lambda s: s.name
 )
 def test_kernel_beside_other_rows(spec: HeadSpec, toy: Toy) -> None:
-    head = fitted(spec, toy, bias=True)
+    head = fitted(spec, toy, bias=True).requires_grad_(False)
     exact = head.scores(toy.hidden[:5])
     head.use_kernels("require")
     assert (head.scores(toy.hidden[:5]) - exact).abs().max() < 2e-4 * exact.abs().max()
@@ -139,7 +130,7 @@ def test_product_vq_kernel_errs_by_half_a_step_of_each_table(
 ) -> None:
     skip_without(instructions)
     use(monkeypatch, instructions)
-    head = fitted(spec, toy, bias=True)
+    head = fitted(spec, toy, bias=True).requires_grad_(False)
     hidden = toy.hidden[:batch]
     exact = head.scores(hidden)
     x = head.prepare(hidden).view(batch, spec.groups, 1, -1)

@@ -78,7 +78,7 @@ def test_trainer_with_a_teacher_and_a_patched_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "gpt2"])
 def test_the_patched_control_converges_as_the_untouched_model(family: str, tied: bool) -> None:
-    """Dense head + softmax + Objective against the family's own loss: 50 steps, fp32, the same curve.
+    """Dense head + softmax + Objective against the family's own loss: 20 steps, fp32, the same curve.
 
     A new head unties the embeddings; tied ones keep theirs, and its gradient joins that of the embeddings.
     """
@@ -90,9 +90,9 @@ def test_the_patched_control_converges_as_the_untouched_model(family: str, tied:
             sh.patch(model, head=None if tied else Dense(), attention=Softmax())
         assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
         goal = sh.Objective(model, {"cross_entropy": 1.0}, memory=7 * VOCAB * 4)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
         curve = []
-        for step in range(50):
+        for step in range(20):
             batch = rows[step % 6 * 8 : step % 6 * 8 + 8]
             if patched:
                 loss = goal(input_ids=batch, labels=batch)
