@@ -18,7 +18,7 @@ from hf_softheads.registry import variants
 from tests.conftest import make_model
 
 NAMES = sorted(variants("head"))
-VOCAB, DIM = 512, 32
+VOCAB, DIM = 256, 16
 
 
 @pytest.fixture(scope="module")
