@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +51,30 @@ def middle(name: str) -> HeadSpec:
     return spec
 
 
+@pytest.fixture(scope="module")
+def patched(
+    dense: Any, stats: HeadStats, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, torch.dtype], Any]:
+    """A model with a head of that name, which is fitted once in each precision."""
+    folder = tmp_path_factory.mktemp("dense")
+    dense.save_pretrained(folder)
+
+    @functools.cache
+    def once(name: str, dtype: torch.dtype) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return sh.patch(model, head=middle(name), stats=stats)
+
+    return lambda name, dtype: copy.deepcopy(once(name, dtype))
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_saves_loads_and_generates(
-    name: str, dtype: torch.dtype, dense: Any, tokens: torch.Tensor, stats: Any, tmp_path: Path
+    name: str, dtype: torch.dtype, patched: Any, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    dense.save_pretrained(tmp_path / "dense")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
-    sh.patch(model, head=middle(name), stats=stats).save_pretrained(tmp_path / "patched")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "patched", dtype=dtype)
+    model = patched(name, dtype)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
     prompt = tokens[:2, :5]
@@ -78,10 +95,8 @@ def divergence(model: Any, tokens: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_trains_without_logits_and_repairs(
-    name: str, dense: Any, tokens: torch.Tensor, stats: Any
-) -> None:
-    model = sh.patch(copy.deepcopy(dense), head=middle(name), stats=stats).train()
+def test_trains_without_logits_and_repairs(name: str, patched: Any, tokens: torch.Tensor) -> None:
+    model = patched(name, torch.float32).train()
     out = model(tokens[:4], labels=tokens[:4])
     model.eval()
     plain = model(tokens[:4], labels=tokens[:4])
