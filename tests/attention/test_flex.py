@@ -88,17 +88,17 @@ def test_forward_and_backward(spec: AttentionSpec, request: pytest.FixtureReques
 def test_soft_caps_biases_windows_and_packed_rows(
     spec: AttentionSpec, request: pytest.FixtureRequest
 ) -> None:
-    arguments = sample(spec, queries=40, dim=16)
-    part = torch.tensor([0] * 15 + [1] * 25)
-    packed = (part[:, None] == part) & torch.ones(40, 40, dtype=torch.bool).tril()
-    bias = torch.randn(1, 4, 40, 40, generator=torch.Generator().manual_seed(2))
+    arguments = sample(spec, queries=20, dim=16)
+    part = torch.tensor([0] * 8 + [1] * 12)
+    packed = (part[:, None] == part) & torch.ones(20, 20, dtype=torch.bool).tril()
+    bias = torch.randn(1, 4, 20, 20, generator=torch.Generator().manual_seed(2))
     inputs = Inputs(arguments.query, arguments.key, arguments.value, None, 0.25)
     calls = [
         inputs.replace(softcap=0.7),
         inputs.replace(bias=bias),
         inputs.replace(window=5),
         inputs.replace(keep=packed[None, None], window=5, bias=bias, softcap=2.0),
-        inputs.replace(keep=torch.ones(1, 1, 40, 40, dtype=torch.bool), causal=False),
+        inputs.replace(keep=torch.ones(1, 1, 20, 20, dtype=torch.bool), causal=False),
     ]
     want = [base.run(spec, arguments.params, call) for call in calls]
     request.getfixturevalue("on_flex")
