@@ -64,10 +64,10 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
 }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
+    check = parser.parse_args(arguments).check
     stale = []
     for name, (file, make) in BLOCKS.items():
         text = file.read_text()
