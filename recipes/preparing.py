@@ -21,15 +21,13 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 from experiment import Experiment
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_softheads as sh
+from hf_softheads import pretrained
 from hf_softheads.bridge import CHILD, find_head, output_head, vocabulary
 from hf_softheads.files import write_json
 from hf_softheads.plan import plan_of
 from hf_softheads.text.documents import read
-from hf_softheads.text.embedded import NAME as EMBEDDED
-from hf_softheads.text.embedded import load_embedded
 from hf_softheads.text.packing import Batches, Row, rows, stacked
 
 
@@ -106,11 +104,9 @@ def _has_bf16() -> bool:
 
 
 def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    if name == EMBEDDED:
-        return load_embedded(dtype)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(
-        name
-    )
+    """A model and its tokenizer. Raises OSError or ValueError, with a reason in one line."""
+    named = pretrained.find(name)
+    return named.load(dtype), named.tokenizer
 
 
 def prepare_start(experiment: Experiment, output: Path) -> None:

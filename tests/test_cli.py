@@ -227,7 +227,10 @@ def test_an_encoder_decoder(tmp_path, capsys):
     }
     folder = saved(tmp_path / "t5", "t5", AutoModelForSeq2SeqLM, **sizes)
     error = refuses_model(capsys, tmp_path, folder)
-    assert "T5ForConditionalGeneration (t5) is an encoder-decoder; this command takes" in error
+    assert (
+        "T5ForConditionalGeneration (t5) is an encoder-decoder; decoder-only language models"
+        in error
+    )
     assert len(error) < 400
 
 
@@ -245,6 +248,13 @@ def test_a_model_saved_without_its_head(tmp_path, capsys):
     assert "(LlamaModel) holds no weights for lm_head.weight, which LlamaForCausalLM needs" in error
     tied = saved(tmp_path / "tied", "llama", AutoModel, tie_word_embeddings=True, **TINY)
     assert main(["patch", str(tied), "--head", "dense", "--output", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "config.json"])
+def test_a_folder_of_diffusers(file, tmp_path, capsys):
+    (tmp_path / file).write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    error = refuses_model(capsys, tmp_path, tmp_path)
+    assert "it holds UNet2DConditionModel of diffusers; decoder-only language models" in error
 
 
 def test_folders_that_hold_no_model(tmp_path, capsys):

@@ -30,6 +30,7 @@ from transformers import (
 import hf_softheads as sh
 from hf_softheads.cli import main
 from hf_softheads.plan import dense_head
+from hf_softheads.pretrained import find
 from hf_softheads.registry import Bounds, Spec, spec_from_dict, variants
 
 from .conftest import SIZES, VOCAB, make_model
@@ -213,6 +214,7 @@ DOORS: dict[str, Callable[[Any], Any]] = {
     "patch": lambda m: sh.patch(m, head="dense"),
     "unpatch": sh.unpatch,
     "describe": sh.describe,
+    "export": lambda m: sh.export(m, "nowhere/out"),
     "collect": lambda m: sh.collect(m, IDS),
     "evaluate": lambda m: sh.evaluate(m, IDS),
     "reference": lambda m: sh.evaluate(make_model("llama"), IDS, reference=7 if m is None else m),
@@ -367,6 +369,11 @@ _VISION = {
 }
 _TEXT = {**SIZES, "head_dim": 8}
 _IMAGE = 5  # the token that stands for a patch of an image
+CLIP = {
+    "text_config": {**_VISION, "vocab_size": VOCAB, "max_position_embeddings": 32},
+    "vision_config": _VISION,
+    "projection_dim": 16,
+}
 MULTIMODAL = {
     "llava": {
         "vision_config": {"model_type": "clip_vision_model", "projection_dim": 32, **_VISION},
@@ -409,11 +416,7 @@ def test_only_the_language_model_of_a_multi_modal_one_is_patched(family):
         ("vit", _VISION, "reads image and"),
         (
             "clip",
-            {
-                "text_config": {**_VISION, "vocab_size": VOCAB, "max_position_embeddings": 32},
-                "vision_config": _VISION,
-                "projection_dim": 16,
-            },
+            CLIP,
             "reads image and text and is no language model; .* in its text tower alone",
         ),
     ],
@@ -432,6 +435,84 @@ def test_a_module_of_another_library_is_no_model():
 
     with pytest.raises(TypeError, match="expected a transformers model, got UNet2DConditionModel"):
         sh.patch(UNet2DConditionModel(), attention="softmax")
+
+
+T5 = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": VOCAB}
+OTHERS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "t5": (AutoModelForSeq2SeqLM, T5, "AutoModelForSeq2SeqLM"),
+    "bert": (AutoModelForMaskedLM, SIZES, "AutoModelForMaskedLM"),
+    "llama": (AutoModelForCausalLM, _TEXT, "AutoModelForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_the_folder_of_a_model_says_what_loads_it(family, tmp_path):
+    auto, settings, loader = OTHERS[family]
+    model = auto.from_config(AutoConfig.for_model(family, **settings))
+    model.save_pretrained(tmp_path)
+    for door in (
+        lambda: sh.patch(str(tmp_path), attention="softmax"),
+        lambda: sh.export(tmp_path, tmp_path / "out"),
+    ):
+        with pytest.raises(TypeError, match="expected a loaded transformers model") as caught:
+            door()
+        text = one_line(caught.value)
+        wanted = (
+            f"{type(model).__name__}; load it first: {loader}.from_pretrained({str(tmp_path)!r})"
+        )
+        assert text.endswith(wanted)
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        ({"config.json": {"model_type": "clip", "architectures": ["CLIPModel"]}}, "CLIPModel"),
+        (
+            {"model_index.json": {"_class_name": "StableDiffusionPipeline"}},
+            "StableDiffusionPipeline of diffusers",
+        ),
+        (
+            {"config.json": {"_class_name": "UNet2DConditionModel"}},
+            "UNet2DConditionModel of diffusers",
+        ),
+        ({"config.json": [1]}, "no config.json of a model"),
+        ({}, "no config.json of a model"),
+    ],
+)
+def test_the_folder_of_no_language_model_says_so(files, what, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    for door in (lambda: sh.patch(tmp_path, attention="softmax"), lambda: sh.export(tmp_path, "o")):
+        with pytest.raises(TypeError, match=f"which holds {what} and no language model$") as caught:
+            door()
+        one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "auto", "settings", "message"),
+    [
+        ("t5", AutoModel, T5, "load it with AutoModelForSeq2SeqLM, or patch only its attention"),
+        ("bert", AutoModel, SIZES, "load it with AutoModelForMaskedLM, or patch only its att"),
+        ("llama", AutoModel, _TEXT, "load it with AutoModelForCausalLM, or patch only its att"),
+        ("clip", AutoModel, CLIP, "clip is no family of language models"),
+    ],
+)
+def test_a_model_without_an_lm_head_says_what_has_one(family, auto, settings, message):
+    model = auto.from_config(AutoConfig.for_model(family, **settings)).eval()
+    with refused(model, ValueError, f"has no output embedding, .*; {message}"):
+        sh.patch(model, head="dense")
+    with refused(model, ValueError, f"has no output embedding.*{message.partition(',')[0]}"):
+        sh.Objective(model, {sh.losses.CrossEntropy(): 1.0})
+
+
+@pytest.mark.parametrize("family", ["t5", "clip"])
+def test_loading_by_name_refuses_in_one_line(family, tmp_path):
+    auto, settings = (AutoModelForSeq2SeqLM, T5) if family == "t5" else (AutoModel, CLIP)
+    auto.from_config(AutoConfig.for_model(family, **settings)).save_pretrained(tmp_path)
+    what = "an encoder-decoder" if family == "t5" else "no language model"
+    with pytest.raises(ValueError, match=rf"\({family}\) is {what}; decoder-only") as caught:
+        find(str(tmp_path))
+    one_line(caught.value)
 
 
 def test_t5_s_own_attention_is_replaced_but_not_that_to_its_encoder():

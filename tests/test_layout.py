@@ -16,7 +16,7 @@ FLOORS = (
     ("kernels", "text", "losses", "classifiers"),
     ("heads", "attention"),
     ("bridge",),
-    ("sites", "training"),
+    ("sites", "training", "pretrained"),
     ("config",),
     ("plan",),
     ("patching",),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hf_softheads.bridge.kinds import how_to_load, named
 from hf_softheads.heads.base import Head, LogitTransform
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ def find_head(model: PreTrainedModel) -> tuple[str, Any]:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(
-            f"{type(model).__name__} has no output embedding, so there is no LM head to replace; load it with "
-            "AutoModelForCausalLM, or patch only its attention"
+            f"{type(model).__name__} has no output embedding, so there is no LM head to replace; "
+            f"{how_to_load(model.config, ', or patch only its attention')}"
         )
     path = next(path for path, module in model.named_modules() if module is head)
     weight = getattr(head, "weight", torch.empty(0))
@@ -69,7 +70,7 @@ class SplitModel:
         head = active_head(model)
         if head is None:
             raise ValueError(
-                f"{type(model).__name__} has no output embedding; load it with AutoModelForCausalLM"
+                f"{type(model).__name__} has no output embedding; {how_to_load(base_model(model).config)}"
             )
         self.head = head
         transform = head.transform if isinstance(head, Head) else logit_transform(base_model(model))
@@ -244,10 +245,7 @@ def transformers_model(model: Any) -> Any:
     from transformers import PreTrainedModel
 
     if isinstance(model, str | os.PathLike):
-        raise TypeError(
-            f"expected a loaded transformers model, got the name {str(model)!r}; load it first: "
-            f"AutoModelForCausalLM.from_pretrained({str(model)!r})"
-        )
+        raise TypeError(f"expected a loaded transformers model, got {named(model)}")
     inner = base_model(model) if isinstance(model, nn.Module) else model
     if isinstance(inner, PreTrainedModel):
         return inner
@@ -275,7 +273,7 @@ def output_head(model: nn.Module) -> nn.Module:
     if head is None:
         raise ValueError(
             f"{type(base).__name__} has no output embedding, so there are no logits to compute a loss from; "
-            "load it with AutoModelForCausalLM"
+            f"{how_to_load(base.config)}"
         )
     return head
 

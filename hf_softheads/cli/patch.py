@@ -12,6 +12,7 @@ from hf_softheads.registry import read_setting
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
+    from hf_softheads.pretrained import NamedModel
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +58,7 @@ def calibrated(model: Any, rows: Any, tokens: int) -> HeadStats:
     return sh.collect(model, rows.shuffled(0).head(tokens))
 
 
-def save(model: Any, named: models.NamedModel, output: Path) -> None:
+def save(model: Any, named: NamedModel, output: Path) -> None:
     """Export the patched model, with a card."""
     from hf_softheads.exporting import export
     from hf_softheads.report.provenance import provenance

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_softheads.cli.models import NamedModel
-
 if TYPE_CHECKING:
+    from hf_softheads.pretrained import NamedModel
     from hf_softheads.text.stdlib_corpus import Split
     from hf_softheads.text.windows import Windows
 
