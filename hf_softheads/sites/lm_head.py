@@ -53,10 +53,7 @@ class LMHead(Site):
         _cast(head, weight.dtype)
         head.requires_grad_(weight.requires_grad)
         head.train(dense.training)
-        if hasattr(dense, "_hf_hook"):
-            from accelerate.hooks import add_hook_to_module
-
-            add_hook_to_module(head, dense._hf_hook)
+        _take_over_hook(head, dense)
         return head
 
     def present(self, model: PreTrainedModel) -> nn.Module:
@@ -81,7 +78,19 @@ class LMHead(Site):
         if tied is not None:
             model.all_tied_weights_keys = bridge.without_heads(model, tied)
 
-    def restore(self, model: PreTrainedModel, old: nn.Module) -> None:
+    def restore(self, model: PreTrainedModel, old: Any) -> None:
+        """Put the dense head back; where the vocabulary has been resized meanwhile, resized as transformers does it."""
+        vocab = bridge.vocabulary(model)
+        if len(old.weight) != vocab:
+            kept = old
+            old = model._get_resized_lm_head(kept, vocab)
+            old.train(kept.training).requires_grad_(kept.weight.requires_grad)
+            _take_over_hook(old, kept)
+        elif (
+            getattr(old, "out_features", vocab) != vocab
+        ):  # a tied matrix has grown with the embedding's
+            model._adjust_bias(old, model.get_input_embeddings())
+            old.out_features = vocab
         model.set_output_embeddings(old)
 
     def check_restore(self, old: nn.Module | None) -> None:
@@ -117,6 +126,14 @@ class LMHead(Site):
             notes.append("the input embedding was tied to the head and is now a copy of its own")
         row = Row(path, part.value.short(), parameters, head.nbytes, head.backend)
         return [row], notes
+
+
+def _take_over_hook(new: nn.Module, old: nn.Module) -> None:
+    """The hook by which accelerate places and offloads a module."""
+    if hasattr(old, "_hf_hook"):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, old._hf_hook)
 
 
 def _cast(head: Head, dtype: torch.dtype) -> None:
