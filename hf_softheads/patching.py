@@ -111,6 +111,7 @@ def install(
             site.probe(model, new)
         parts = {**(present.parts if present else {}), **plan.parts}
         mark(model, (present or plan).with_parts(parts))
+        bridge.name_in_memory(model)
     except BaseException:
         for site, taken in reversed(done):
             site.restore(model, taken)

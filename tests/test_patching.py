@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_softheads as sh
+from hf_softheads import bridge
 from hf_softheads.attention.engines import cpp
 from hf_softheads.kernels import KernelUnavailable
 from hf_softheads.plan import dense_head
@@ -216,3 +218,40 @@ def test_kernels_are_chosen_for_this_process_only(model, tmp_path):
     assert "kernels" not in (tmp_path / "config.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert "switched off" not in str(sh.describe(loaded))
+
+
+@pytest.mark.parametrize(
+    "patches",
+    [[{"head": "dense"}], [{"attention": "sigmoid"}, {"head": sh.heads.VQ(codes=24)}]],
+    ids=["one", "two"],
+)
+def test_its_name_does_not_load_the_original(patches, tmp_path):
+    """What reads a model's name to load it again fails; a name is given back, and a saved folder has its own."""
+    make_model("llama").save_pretrained(tmp_path / "original")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
+    for patch in patches:
+        sh.patch(model, **patch)
+    for name in (model.name_or_path, model.config.name_or_path):
+        assert Path(name).is_dir()  # so that no model card takes it for a model on the Hub
+        for kind in (AutoConfig, AutoModelForCausalLM):
+            with pytest.raises(
+                (OSError, ValueError), match="hf_softheads/assets/patched_in_memory"
+            ):
+                kind.from_pretrained(name)
+    assert bridge.source(model) == str(tmp_path / "original")
+    model.save_pretrained(tmp_path / "patched")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "patched")
+    assert again.name_or_path == again.config.name_or_path == str(tmp_path / "patched")
+    sh.unpatch(model)
+    assert model.name_or_path == model.config.name_or_path == str(tmp_path / "original")
+
+
+def test_a_model_patched_while_loading_is_in_memory_too(tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    plan = sh.SoftheadsConfig(head="dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=plan)
+    assert "patched_in_memory" in model.config.name_or_path
+
+
+def test_a_model_made_here_has_no_name(model):
+    assert sh.patch(model, head="dense").name_or_path == ""

@@ -2,7 +2,7 @@
 
 `attention`: the registered implementation, its mask, the layers. `hidden`: the layer's input and its cache. `heads`:
 the output embedding, hidden states, what a family does to its logits. `linear`: what else a dense head may do.
-`family_loss`: the loss of a family's own forward. `inputs`: token ids. `loading`: a head that the checkpoint lacks.
+`family_loss`: the loss of a family's own forward. `inputs`: token ids. `loading`: what a model was loaded from.
 `ties`: parameters that are one. `classifiers`: the last module of a sequence classifier. `subclass`: the class of a
 patched model, and the loss inside its head. `probe`: a trial run. Nothing is assigned into a transformers class.
 """
@@ -46,6 +46,8 @@ from hf_softheads.bridge.hidden import give_variant as give_variant
 from hf_softheads.bridge.inputs import check_tokens as check_tokens
 from hf_softheads.bridge.linear import check_linear as check_linear
 from hf_softheads.bridge.loading import check_loaded as check_loaded
+from hf_softheads.bridge.loading import name_in_memory as name_in_memory
+from hf_softheads.bridge.loading import source as source
 from hf_softheads.bridge.probe import probe as probe
 from hf_softheads.bridge.subclass import Patched as Patched
 from hf_softheads.bridge.subclass import restore_class as restore_class

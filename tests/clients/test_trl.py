@@ -347,6 +347,59 @@ def test_grpo_starts_without_kl(name: str, patched: Any, tokenizer: Any, tmp_pat
     assert log["entropy"] > 0
 
 
+@pytest.fixture(scope="module")
+def folder(dense: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the original model."""
+    path: Path = tmp_path_factory.mktemp("original")
+    dense.save_pretrained(path)
+    return path
+
+
+@pytest.mark.client(
+    "trl",
+    refused="a reference model or tokenizer that the trainer would load by the name of a model patched in memory "
+    "(`ref_model=None`, `beta > 0`, no `processing_class`)",
+    why="that folder holds the original; save the patched model and load it, or give `ref_model`, `processing_class`",
+)
+@pytest.mark.parametrize(
+    "patch", [{"head": VQ(32)}, {"attention": "sigmoid"}], ids=["head", "attention"]
+)
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO", "RLOO"])
+def test_a_reference_model_is_not_the_original_one(
+    kind: str, patch: dict[str, Any], folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = sh.patch(AutoModelForCausalLM.from_pretrained(folder), **patch)
+    data: dict[str, Any] = {"train_dataset": pairs(2)}
+    more: dict[str, Any] = {}
+    if kind in ("GRPO", "RLOO"):
+        data = {
+            "train_dataset": pairs(2),
+            "reward_funcs": lambda completions, **_: [0.0] * len(completions),
+        }
+        more = {"num_generations": 2, "beta": 0.1}
+    elif kind == "KTO":
+        rows = [
+            {"prompt": text(i, 5), "completion": f" {text(50 + i, 4)}", "label": i < 2}
+            for i in range(4)
+        ]
+        data = {"train_dataset": Dataset.from_list(rows)}
+    args = getattr(trl, f"{kind}Config")(**options(tmp_path, **more))
+    trainer = getattr(trl, f"{kind}Trainer")
+    with pytest.raises(
+        (OSError, ValueError), match="patched_in_memory__save_it_and_load_that_folder"
+    ):
+        trainer(model, args=args, processing_class=tokenizer, **data)
+    with pytest.raises(
+        (OSError, ValueError), match="patched_in_memory__save_it_and_load_that_folder"
+    ):
+        trainer(model, args=args, **data)
+    model.save_pretrained(tmp_path / "patched")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "patched")
+    found = trainer(again, args=args, processing_class=tokenizer, **data).ref_model
+    ids = torch.arange(4, 12)[None]
+    assert torch.equal(found(ids).logits, model(ids).logits)
+
+
 @pytest.mark.client("trl", works="packing")
 @pytest.mark.parametrize("spec", [VQ(32), Quantized(4)], ids=str)
 def test_packing(spec: HeadSpec, patched: Any, tokenizer: Any, tmp_path: Path) -> None:
