@@ -19,7 +19,7 @@ from hf_softheads.bridge.classifiers import active_classifier, pooling
 from hf_softheads.bridge.family_loss import IGNORE, asks_for_loss, targets_of, without_logits
 from hf_softheads.bridge.fused_head import answered, theirs
 from hf_softheads.bridge.head_weight import guard_weight
-from hf_softheads.bridge.heads import active_head
+from hf_softheads.bridge.heads import active_head, is_hooked
 from hf_softheads.bridge.hidden import CHILD
 from hf_softheads.bridge.ties import without_heads
 from hf_softheads.classifiers.base import PooledClassifier
@@ -240,6 +240,7 @@ def _fusable(model: Any, kwargs: dict[str, Any], usual: Any) -> _Call | None:
     head = active_head(model)
     if (
         not isinstance(head, Head)
+        or is_hooked(head)
         or head.transform is None
         or model.loss_function is not usual
         or not model._asks_for_loss

@@ -267,6 +267,23 @@ def test_refuses_a_setting_of_trl_that_it_does_not_know(patched: Any) -> None:
     assert "forward" not in model.__dict__
 
 
+@pytest.mark.client(
+    "trl",
+    refused="the fused head while other code hooks the head, or has given it a forward of its own",
+    why="the fused head does not call it",
+)
+@pytest.mark.parametrize("own", [False, True], ids=["hook", "forward"])
+def test_a_hooked_head_refuses_the_fused_outputs(own: bool, patched: Any) -> None:
+    model, ids = patched(VQ(32)), torch.arange(4, 16)[None]
+    add_fused_lm_head(model)
+    if own:
+        model.lm_head.forward = lambda hidden: model.lm_head.scores(hidden) * 2
+    else:
+        model.lm_head.register_forward_hook(lambda *a: a[2] * 2)
+    with pytest.raises(ValueError, match=r"a hook on this VQHead.* does not call the head"):
+        model(ids, labels=ids, fused_lm_head=True)
+
+
 # -- trainers ------------------------------------------------------------
 
 
