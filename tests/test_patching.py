@@ -255,3 +255,40 @@ def test_a_model_patched_while_loading_is_in_memory_too(tmp_path):
 
 def test_a_model_made_here_has_no_name(model):
     assert sh.patch(model, head="dense").name_or_path == ""
+
+
+SMALLER_FOR_LARGER = {
+    "dense": sh.heads.Dense(),
+    "screened": sh.heads.Screened(sh.heads.LowRank(8), 12),
+    "cascade": sh.heads.Cascade(sh.heads.LowRank(8), 12),
+    "draft": sh.heads.Draft(24),
+    "context_screen": sh.heads.ContextScreen(4, 12),
+    "inside": sh.heads.Temperature(inner=sh.heads.Draft(24)),
+}
+
+
+@pytest.mark.parametrize("head", SMALLER_FOR_LARGER.values(), ids=SMALLER_FOR_LARGER)
+@pytest.mark.parametrize(
+    ("family", "scale"), [("cohere", {"logit_scale": -0.25}), ("granite", {"logits_scaling": -4.0})]
+)
+def test_a_family_that_makes_smaller_logits_of_larger_scores(family, scale, head, tokens):
+    """Candidates would be the least likely tokens; with both signs turned it is the same model."""
+    model = make_model(family, **scale, tie_word_embeddings=False)
+    stats, logits = sh.collect(model, tokens, window=12), model(tokens).logits
+    refused(
+        model, tokens, ValueError, "makes smaller logits of larger scores", head=head, stats=stats
+    )
+    (name, value), *_ = scale.items()
+    turned = make_model(family, **{name: -value}, tie_word_embeddings=False)
+    with torch.no_grad():
+        turned.get_output_embeddings().weight.neg_()
+    assert torch.equal(turned(tokens).logits, logits)
+    sh.patch(turned, head=head, stats=stats)
+
+
+def test_a_saved_folder_whose_scale_was_turned(tmp_path):
+    sh.patch(make_model("cohere"), head=sh.heads.VQ(codes=24)).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"logit_scale": 0.25', '"logit_scale": -0.25'))
+    with pytest.raises(ValueError, match="makes smaller logits of larger scores"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
