@@ -111,6 +111,7 @@ def install(
             site.probe(model, new)
         parts = {**(present.parts if present else {}), **plan.parts}
         mark(model, (present or plan).with_parts(parts))
+        bridge.name_in_memory(model)
     except BaseException:
         for site, taken in reversed(done):
             site.restore(model, taken)
@@ -118,7 +119,7 @@ def install(
         if present is None:
             bridge.restore_class(model)
         raise
-    changed = [*_changed(before, model), *model.__dict__.get(_SETTINGS, [])]
+    changed = _Settings([*_changed(before, model), *model.__dict__.get(_SETTINGS, [])])
     remember_taken_out(model, {**taken_out(model), **old})
     model.__dict__[_SETTINGS] = changed
 
@@ -164,6 +165,11 @@ def _check_can_be_saved(model: PreTrainedModel, quantizer: Any) -> None:
 # -- settings of the model and its configs that a patch changes --------------------------------------------------------
 
 _Setting = tuple[dict[str, Any], str, Any]  # the dictionary that holds it, its name, its old value
+
+
+class _Settings(list[_Setting]):
+    """Kept on the model; of a class of its own, since `torch.export` goes through every list and dict that it finds
+    there, and these hold the model's own attributes."""
 
 
 def _settings(model: PreTrainedModel) -> list[tuple[dict[str, Any], dict[str, Any]]]:

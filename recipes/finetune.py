@@ -39,6 +39,7 @@ from tqdm import tqdm
 import hf_softheads as sh
 from hf_softheads.registry import read_setting, spec_from_dict
 from hf_softheads.training.orthograd import OrthoGrad
+from hf_softheads.training.rates import parameter_groups
 
 REPAIRS: dict[str, dict[str, Any]] = {
     "head": {"train": "head", "losses": {"kl": 1.0}, "lr": 3e-3},
@@ -70,10 +71,12 @@ def run(experiment: Experiment, output: Path) -> dict[str, Any]:
     teacher = preparing.teacher_of(experiment)
     if teacher is not None:
         teacher.to(accelerator.device)
-    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-        trained, lr=experiment.lr, betas=(0.9, 0.95), weight_decay=experiment.weight_decay
+        parameter_groups(model, experiment.lr),
+        betas=(0.9, 0.95),
+        weight_decay=experiment.weight_decay,
     )
+    rates = [group["lr"] for group in optimizer.param_groups]
     if experiment.optimizer == "orthograd":
         optimizer = OrthoGrad(optimizer)
     batches = preparing.training_batches(experiment, tokenizer, rank * share, share)
@@ -107,8 +110,8 @@ def run(experiment: Experiment, output: Path) -> dict[str, Any]:
                 checkpoint(step)
                 accelerator.end_training()
                 raise SystemExit(128 + signal.SIGTERM)
-            for group in optimizer.param_groups:
-                group["lr"] = experiment.lr * experiment.rate(step)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * experiment.rate(step)
             loss = torch.zeros((), device=accelerator.device)
             pieces = [
                 {k: v[i : i + micro] for k, v in batch.items()} for i in range(0, share, micro)

@@ -649,6 +649,8 @@ def test_a_head_that_the_checkpoint_lacks(tmp_path):
     ):
         sh.patch(model, head=sh.heads.VQ(codes=24))
     sh.patch(model, attention="softmax")
+    with pytest.raises(ValueError, match=f"not in the checkpoint {tmp_path}, so"):
+        sh.patch(model, head=sh.heads.VQ(codes=24))
 
 
 def test_a_head_of_which_the_checkpoint_lacks_the_bias(tmp_path):

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_softheads"
 
 # Rooms from the bottom up; a room may import from those below it. Rooms of one line do not know each other.
 FLOORS = (
-    ("registry", "files", "bitpack", "hardware", "imports", "version"),
+    ("registry", "files", "bitpack", "compiling", "hardware", "imports", "version"),
     ("kernels", "text", "losses", "classifiers"),
     ("heads", "attention"),
     ("bridge",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_softheads as sh
+from hf_softheads import bridge
 from hf_softheads.attention.engines import cpp
 from hf_softheads.kernels import KernelUnavailable
 from hf_softheads.plan import dense_head
@@ -216,3 +218,77 @@ def test_kernels_are_chosen_for_this_process_only(model, tmp_path):
     assert "kernels" not in (tmp_path / "config.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert "switched off" not in str(sh.describe(loaded))
+
+
+@pytest.mark.parametrize(
+    "patches",
+    [[{"head": "dense"}], [{"attention": "sigmoid"}, {"head": sh.heads.VQ(codes=24)}]],
+    ids=["one", "two"],
+)
+def test_its_name_does_not_load_the_original(patches, tmp_path):
+    """What reads a model's name to load it again fails; a name is given back, and a saved folder has its own."""
+    make_model("llama").save_pretrained(tmp_path / "original")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
+    for patch in patches:
+        sh.patch(model, **patch)
+    for name in (model.name_or_path, model.config.name_or_path):
+        assert Path(name).is_dir()  # so that no model card takes it for a model on the Hub
+        for kind in (AutoConfig, AutoModelForCausalLM):
+            with pytest.raises(
+                (OSError, ValueError), match="hf_softheads/assets/patched_in_memory"
+            ):
+                kind.from_pretrained(name)
+    assert bridge.source(model) == str(tmp_path / "original")
+    model.save_pretrained(tmp_path / "patched")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "patched")
+    assert again.name_or_path == again.config.name_or_path == str(tmp_path / "patched")
+    sh.unpatch(model)
+    assert model.name_or_path == model.config.name_or_path == str(tmp_path / "original")
+
+
+def test_a_model_patched_while_loading_is_in_memory_too(tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    plan = sh.SoftheadsConfig(head="dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=plan)
+    assert "patched_in_memory" in model.config.name_or_path
+
+
+def test_a_model_made_here_has_no_name(model):
+    assert sh.patch(model, head="dense").name_or_path == ""
+
+
+SMALLER_FOR_LARGER = {
+    "dense": sh.heads.Dense(),
+    "screened": sh.heads.Screened(sh.heads.LowRank(8), 12),
+    "cascade": sh.heads.Cascade(sh.heads.LowRank(8), 12),
+    "draft": sh.heads.Draft(24),
+    "context_screen": sh.heads.ContextScreen(4, 12),
+    "inside": sh.heads.Temperature(inner=sh.heads.Draft(24)),
+}
+
+
+@pytest.mark.parametrize("head", SMALLER_FOR_LARGER.values(), ids=SMALLER_FOR_LARGER)
+@pytest.mark.parametrize(
+    ("family", "scale"), [("cohere", {"logit_scale": -0.25}), ("granite", {"logits_scaling": -4.0})]
+)
+def test_a_family_that_makes_smaller_logits_of_larger_scores(family, scale, head, tokens):
+    """Candidates would be the least likely tokens; with both signs turned it is the same model."""
+    model = make_model(family, **scale, tie_word_embeddings=False)
+    stats, logits = sh.collect(model, tokens, window=12), model(tokens).logits
+    refused(
+        model, tokens, ValueError, "makes smaller logits of larger scores", head=head, stats=stats
+    )
+    (name, value), *_ = scale.items()
+    turned = make_model(family, **{name: -value}, tie_word_embeddings=False)
+    with torch.no_grad():
+        turned.get_output_embeddings().weight.neg_()
+    assert torch.equal(turned(tokens).logits, logits)
+    sh.patch(turned, head=head, stats=stats)
+
+
+def test_a_saved_folder_whose_scale_was_turned(tmp_path):
+    sh.patch(make_model("cohere"), head=sh.heads.VQ(codes=24)).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"logit_scale": 0.25', '"logit_scale": -0.25'))
+    with pytest.raises(ValueError, match="makes smaller logits of larger scores"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

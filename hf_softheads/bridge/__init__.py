@@ -1,8 +1,9 @@
 """The only package that knows the inside of transformers, one file a subject.
 
 `attention`: the registered implementation, its mask, the layers. `hidden`: the layer's input and its cache. `heads`:
-the output embedding, hidden states, what a family does to its logits. `linear`: what else a dense head may do.
-`family_loss`: the loss of a family's own forward. `inputs`: token ids. `loading`: a head that the checkpoint lacks.
+the output embedding. `logit_transform`: what a family does after it. `split_model`: the model without its head, and
+the head alone. `linear`: what else a dense head may do.
+`family_loss`: the loss of a family's own forward. `inputs`: token ids. `loading`: what a model was loaded from.
 `ties`: parameters that are one. `classifiers`: the last module of a sequence classifier. `subclass`: the class of a
 patched model, and the loss inside its head. `probe`: a trial run. Nothing is assigned into a transformers class.
 """
@@ -27,13 +28,11 @@ from hf_softheads.bridge.family_loss import targets_of as targets_of
 from hf_softheads.bridge.family_loss import with_decoder_inputs as with_decoder_inputs
 from hf_softheads.bridge.family_loss import without_logits as without_logits
 from hf_softheads.bridge.heads import Function as Function
-from hf_softheads.bridge.heads import SplitModel as SplitModel
 from hf_softheads.bridge.heads import active_head as active_head
 from hf_softheads.bridge.heads import base_model as base_model
-from hf_softheads.bridge.heads import check_transform as check_transform
 from hf_softheads.bridge.heads import find_head as find_head
 from hf_softheads.bridge.heads import head_as as head_as
-from hf_softheads.bridge.heads import logit_transform as logit_transform
+from hf_softheads.bridge.heads import is_hooked as is_hooked
 from hf_softheads.bridge.heads import output_head as output_head
 from hf_softheads.bridge.heads import text_config as text_config
 from hf_softheads.bridge.heads import transformers_model as transformers_model
@@ -46,7 +45,14 @@ from hf_softheads.bridge.hidden import give_variant as give_variant
 from hf_softheads.bridge.inputs import check_tokens as check_tokens
 from hf_softheads.bridge.linear import check_linear as check_linear
 from hf_softheads.bridge.loading import check_loaded as check_loaded
+from hf_softheads.bridge.loading import name_in_memory as name_in_memory
+from hf_softheads.bridge.loading import source as source
+from hf_softheads.bridge.logit_transform import logit_transform as logit_transform
 from hf_softheads.bridge.probe import probe as probe
+from hf_softheads.bridge.split_model import FEW as FEW
+from hf_softheads.bridge.split_model import SplitModel as SplitModel
+from hf_softheads.bridge.split_model import check_transform as check_transform
+from hf_softheads.bridge.split_model import few_tokens as few_tokens
 from hf_softheads.bridge.subclass import Patched as Patched
 from hf_softheads.bridge.subclass import restore_class as restore_class
 from hf_softheads.bridge.subclass import subclass_patched as subclass_patched

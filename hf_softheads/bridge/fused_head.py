@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_softheads.bridge.heads import active_head, head_as
+from hf_softheads.bridge.heads import active_head, head_as, is_hooked
 from hf_softheads.heads.base import Head
 from hf_softheads.heads.forms.token_numbers import labelled
 
@@ -109,6 +109,11 @@ def _run(
 ) -> Any:
     """The family's own forward with numbers per token in place of its head's scores."""
     head = active_head(model)
+    if is_hooked(head):
+        raise ValueError(
+            f"other code has put a hook on this {type(head).__name__}, or given it a forward of its own, which TRL's "
+            "fused head would pass by: it does not call the head. Take it off first"
+        )
     if shift_labels is None:
         assert labels is not None
         targets = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]

@@ -1,4 +1,4 @@
-"""Whether a loaded model's head came from its checkpoint, or was made up because the checkpoint has none."""
+"""What a model was loaded from: whether its head came from there, and what bears its name once it is patched."""
 
 from __future__ import annotations
 
@@ -14,10 +14,26 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# transformers' mark on every parameter that it read from a checkpoint
+_LOADED = "_is_hf_initialized"
+# Has no model and no tokenizer: who loads what a model is named after gets an error that says why, not another model.
+IN_MEMORY = Path(__file__).parents[1] / "assets" / "patched_in_memory__save_it_and_load_that_folder"
+_SOURCE = "softheads_source"
 
-_LOADED = (
-    "_is_hf_initialized"  # transformers' mark on every parameter that it read from a checkpoint
-)
+
+def source(model: PreTrainedModel) -> str:
+    """The folder or Hub id that a model was loaded from, also while it is patched; empty if it was made here."""
+    return str(model.__dict__.get(_SOURCE, model.name_or_path) or "")
+
+
+def name_in_memory(model: PreTrainedModel) -> None:
+    """Name a model that was just patched after a folder that cannot be loaded, since its own holds another model.
+
+    `unpatch` puts the name back with the other settings. A model that was made here has no name and gets none.
+    """
+    if known := source(model):
+        model.__dict__[_SOURCE] = known
+        model.name_or_path = model.config.name_or_path = str(IN_MEMORY)
 
 
 def check_loaded(model: PreTrainedModel, path: str, head: nn.Module) -> None:
@@ -37,7 +53,7 @@ def check_loaded(model: PreTrainedModel, path: str, head: nn.Module) -> None:
         ends = [".".join(known.split(".")[-2:]) for known in (name, tied.get(name, name))]
         if held and not any(f".{key}".endswith(f".{end}") for key in held for end in ends):
             raise ValueError(
-                f"{name} was not in the checkpoint {model.name_or_path}, so transformers made it up at random; load a "
+                f"{name} was not in the checkpoint {source(model)}, so transformers made it up at random; load a "
                 f"checkpoint with a trained head. If you have trained it since, save {type(model).__name__} and load "
                 "that"
             )
@@ -58,13 +74,13 @@ def _checkpoint_names(model: PreTrainedModel) -> set[str]:
 
 
 def _file(model: PreTrainedModel, name: str) -> Path | None:
-    source: Any = model.name_or_path
-    here = Path(source, name)
-    if source and here.is_file():
+    folder: Any = source(model)
+    here = Path(folder, name)
+    if folder and here.is_file():
         return here
     try:
         cached = try_to_load_from_cache(
-            source, name, revision=getattr(model.config, "_commit_hash", None)
+            folder, name, revision=getattr(model.config, "_commit_hash", None)
         )
     except ValueError:  # no name of a repository
         return None

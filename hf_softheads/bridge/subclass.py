@@ -19,8 +19,9 @@ from hf_softheads.bridge.classifiers import active_classifier, pooling
 from hf_softheads.bridge.family_loss import IGNORE, asks_for_loss, targets_of, without_logits
 from hf_softheads.bridge.fused_head import answered, theirs
 from hf_softheads.bridge.head_weight import guard_weight
-from hf_softheads.bridge.heads import active_head
+from hf_softheads.bridge.heads import active_head, is_hooked
 from hf_softheads.bridge.hidden import CHILD
+from hf_softheads.bridge.step_size import watch_steps
 from hf_softheads.bridge.ties import without_heads
 from hf_softheads.classifiers.base import PooledClassifier
 from hf_softheads.heads.base import Head
@@ -184,6 +185,8 @@ def _fused_forward(original: Any) -> Any:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.training and torch.is_grad_enabled():
+            watch_steps(active_head(self))
         classifier = active_classifier(self)
         if classifier is None and not kwargs.get("output_attentions"):
             return without_maps(self, *args, **kwargs)
@@ -240,6 +243,7 @@ def _fusable(model: Any, kwargs: dict[str, Any], usual: Any) -> _Call | None:
     head = active_head(model)
     if (
         not isinstance(head, Head)
+        or is_hooked(head)
         or head.transform is None
         or model.loss_function is not usual
         or not model._asks_for_loss

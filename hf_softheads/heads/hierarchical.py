@@ -186,7 +186,7 @@ class HierarchicalHead(WrapperHead):
         self.register_buffer("states", torch.zeros(1, dtype=torch.int32))  # fitted to so many
 
     def scores(self, hidden: Tensor) -> Tensor:
-        labels = self._members()[0]
+        labels = self._derived("labels", lambda: self.codes.long(), self.codes)
         z = self.inner.scores(hidden).float()
         mass = within_classes(self.logit_scale * z, labels, len(self.weight)) / self.logit_scale
         return z + (self.classes(hidden) - mass).index_select(-1, labels)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from torch import Tensor, nn
 
+from hf_softheads.compiling import constant
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.fit.blockwise import progress
 from hf_softheads.heads.fit.hadamard import random_signs, signed_hadamard
@@ -100,9 +101,14 @@ class Lattice(HeadSpec, name="lattice"):
             head.bias.copy_(bias)
 
 
-@cache
-def shapes() -> Tensor:
+@constant
+def halves() -> Tensor:
     """The 256 vectors of halves, `(256, 8)`: all of squared norm up to 10 and the first 29 of norm 12."""
+    return _codebook()
+
+
+@cache
+def _codebook() -> Tensor:
     found = itertools.product((0.5, 1.5, 2.5), repeat=_WIDTH)
     near = [v for v in found if sum(x * x for x in v) <= 12]
     near.sort(key=lambda v: (sum(x * x for x in v), v))
@@ -111,7 +117,7 @@ def shapes() -> Tensor:
 
 def nearest_points(values: Tensor) -> tuple[Tensor, Tensor]:
     """Shape and signs, uint8 `(N,)` each, of the codebook's point nearest to each of `values (N, 8)`; exact."""
-    table = shapes().to(values)
+    table = halves().to(values)
     odd = table.sum(1).long() % 2 == 1  # an odd number of signs must be negative
     norms = table.square().sum(1)
     bits = 2 ** torch.arange(_WIDTH - 1, device=values.device)
@@ -143,7 +149,7 @@ def nearest_points(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _points(shape: Tensor, sign: Tensor) -> Tensor:
     """The points of codes `(…, G)`, `(…, 8 G)` fp32."""
-    table = shapes().to(shape.device)
+    table = halves().to(shape.device)
     size = table[shape.long()]
     bits = torch.arange(_WIDTH - 1, device=sign.device)
     negative = (sign.long().unsqueeze(-1) >> bits) & 1

@@ -151,7 +151,8 @@ def _group_scales(weight: Tensor, importance: Tensor, bits: int, group: int) -> 
 
 
 class QuantizedHead(KernelRowsHead):
-    """`weight` holds the scales `(V, D / group)`, which train; the codes are packed into bytes.
+    """`weight` holds the scales `(V, D / group)`, which train, at 8 bits at a rate of their own: see
+    `training.rates.parameter_groups`. The codes are packed into bytes.
 
     With `frequent` tokens in 8 bits these have the first rows, `bytes (frequent, D)`, and `tokens (V,)` says whose each
     row is.

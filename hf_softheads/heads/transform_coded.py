@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_softheads.bitpack import PARTS, pack, unpack
+from hf_softheads.bitpack import pack, unpack
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.fit.bit_allocation import STEP, water_fill
 from hf_softheads.heads.fit.blockwise import blocks, progress
 from hf_softheads.heads.fit.gptq import nearest_code, round_through, round_with_feedback
 from hf_softheads.heads.fit.hessian import local_moments, metric_root, weighted_moment
 from hf_softheads.heads.fit.kmeans import require_finite
+from hf_softheads.heads.forms.bit_planes import planes_of, read_codes
 from hf_softheads.heads.forms.kernel_rows import KernelRowsHead
 from hf_softheads.kernels.quantized import quantized_scores
 from hf_softheads.kernels.transform_coded import Plane, Tiles, make_tiles, transform_coded_scores
@@ -230,23 +231,7 @@ class TransformCodedHead(KernelRowsHead):
 
     def planes(self) -> list[list[Plane]]:
         """Layout of `codes`, tier by tier; follows from `bits`."""
-
-        def build() -> list[list[Plane]]:
-            layout, start = [], 0
-            for bits, (first, last) in zip(self.bits.cpu(), self.ranges, strict=True):
-                planes = []
-                for amount, parts in PARTS.items():
-                    columns = (bits == amount).nonzero().flatten().to(self.bits.device)
-                    below = amount
-                    for width in parts if len(columns) else ():
-                        below -= width
-                        stop = start + len(columns) * -(-(last - first) * width // 8)
-                        planes.append(Plane(columns, width, below, start, stop))
-                        start = stop
-                layout.append(planes)
-            return layout
-
-        return self._derived("planes", build, self.bits)
+        return self._derived("planes", lambda: planes_of(self.bits, self.ranges), self.bits)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         for start, stop in self.ranges:
@@ -288,6 +273,9 @@ class TransformCodedHead(KernelRowsHead):
             tier = torch.bucketize(which, last, right=True)
         if self.latent is not None:
             codes = round_through(self.latent[which], 2.0 ** self.bits[tier] - 1)
+        elif torch.compiler.is_compiling():
+            every = torch.arange(self.out_features, device=self.codes.device)
+            codes = read_codes(self.codes, self.bits, self.ranges, every[which], tier)
         elif isinstance(which, slice):
             codes = self._unpack(int(tier), which.start, which.stop)
         else:

@@ -94,7 +94,7 @@ def collect(
         "prob_weighted_mean": weighted / mean_prob.float().unsqueeze(-1).clamp(min=1e-30),
     }
     kept, labels = sample.result()
-    source = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    source = bridge.source(bridge.transformers_model(model)) or type(model).__name__
     return HeadStats(
         **{name: tensor.cpu() for name, tensor in tensors.items()},
         states=kept,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_softheads import bridge
-from hf_softheads.heads.base import Head
+from hf_softheads.heads.base import Head, LogitTransform
 from hf_softheads.sites.base import Fitting, Part, Row, Site
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class LMHead(Site):
         _check_matrix(path, weight, bias)
         bridge.check_loaded(model, path, dense)
         bridge.check_linear(path, dense)
+        transform = _rising_transform(model)
         vocab, dim = weight.shape
         spec.check(dim, vocab)
         if fitting.stats is not None:
@@ -47,16 +48,13 @@ class LMHead(Site):
             head: Head = spec.module(dim, vocab, bias=bias is not None)
         head.use_kernels(fitting.kernels)
         fitting.demand(f"head {spec.name}", head.why_no_kernel())
-        head.transform = bridge.logit_transform(model)
+        head.transform = transform
         own_bias = None if bias is None else bias.detach().float()
         spec.fit(head, weight.detach(), own_bias, fitting.stats)
         _cast(head, weight.dtype)
         head.requires_grad_(weight.requires_grad)
         head.train(dense.training)
-        if hasattr(dense, "_hf_hook"):
-            from accelerate.hooks import add_hook_to_module
-
-            add_hook_to_module(head, dense._hf_hook)
+        _take_over_hook(head, dense)
         return head
 
     def present(self, model: PreTrainedModel) -> nn.Module:
@@ -81,7 +79,19 @@ class LMHead(Site):
         if tied is not None:
             model.all_tied_weights_keys = bridge.without_heads(model, tied)
 
-    def restore(self, model: PreTrainedModel, old: nn.Module) -> None:
+    def restore(self, model: PreTrainedModel, old: Any) -> None:
+        """Put the dense head back; where the vocabulary has been resized meanwhile, resized as transformers does it."""
+        vocab = bridge.vocabulary(model)
+        if len(old.weight) != vocab:
+            kept = old
+            old = model._get_resized_lm_head(kept, vocab)
+            old.train(kept.training).requires_grad_(kept.weight.requires_grad)
+            _take_over_hook(old, kept)
+        elif (
+            getattr(old, "out_features", vocab) != vocab
+        ):  # a tied matrix has grown with the embedding's
+            model._adjust_bias(old, model.get_input_embeddings())
+            old.out_features = vocab
         model.set_output_embeddings(old)
 
     def check_restore(self, old: nn.Module | None) -> None:
@@ -99,7 +109,7 @@ class LMHead(Site):
         head = bridge.active_head(model)
         if isinstance(head, Head):
             head.check_indices()
-            head.transform = bridge.logit_transform(model)
+            head.transform = _rising_transform(model)
 
     def describe(self, model: PreTrainedModel, part: Part) -> tuple[Iterable[Row], list[str]]:
         head = bridge.active_head(model)
@@ -117,6 +127,31 @@ class LMHead(Site):
             notes.append("the input embedding was tied to the head and is now a copy of its own")
         row = Row(path, part.value.short(), parameters, head.nbytes, head.backend)
         return [row], notes
+
+
+def _rising_transform(model: PreTrainedModel) -> LogitTransform | None:
+    """What the family does to its logits after the head.
+
+    Raises:
+        ValueError: it turns the largest score into the smallest logit.
+    """
+    transform = bridge.logit_transform(model)
+    if transform is not None and not transform.rises:
+        steps = ", ".join(f"{name} {value:g}" for name, value in transform.steps)
+        raise ValueError(
+            f"{type(model).__name__} makes smaller logits of larger scores ({steps}), but heads look for the largest "
+            "scores. Negate that number in the config and the head's weight and bias, untied from the input embedding: "
+            "it is the same model, and can be patched"
+        )
+    return transform
+
+
+def _take_over_hook(new: nn.Module, old: nn.Module) -> None:
+    """The hook by which accelerate places and offloads a module."""
+    if hasattr(old, "_hf_hook"):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, old._hf_hook)
 
 
 def _cast(head: Head, dtype: torch.dtype) -> None:

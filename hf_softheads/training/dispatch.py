@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_softheads.bridge import Function
+from hf_softheads.bridge import Function, is_hooked
 from hf_softheads.heads.base import Head, LogitTransform
 from hf_softheads.heads.dense import DenseHead
 from hf_softheads.losses.base import (
@@ -81,6 +81,7 @@ class WeightedLosses:
     ) -> Tensor:
         """`scale ·` the sum over tokens; `forward` is the head's own."""
         self.parts = {}
+        head = _seen(head, forward)
         dense = as_matrix(head, self.transform)
         later = 1.0
         if hidden.dtype == torch.float16:
@@ -153,6 +154,7 @@ class WeightedLosses:
     ) -> Tensor:
         """The weighted sum of all losses per token, `(n,)`; logits are recomputed in the backward pass."""
         self.parts = {}
+        head = _seen(head, forward)
         dense = as_matrix(head, self.transform)
         whole = [k for k in self.losses if not _needs_no_logits(k, head, dense)]
         pair = self._pair(whole, hidden, dense, teacher)
@@ -297,6 +299,19 @@ def as_matrix(head: nn.Module | Tensor | None, transform: LogitTransform) -> Sco
     if linear or isinstance(head, DenseHead):
         return Scorer(head.weight, head.bias, transform)  # type: ignore[arg-type, union-attr]
     return None
+
+
+class _Hooked(nn.Module):
+    """A head whose scores other code may change: nothing but calling it gives them."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+
+def _seen(head: nn.Module, forward: Function) -> nn.Module:
+    """The head as the losses see it, which look at its matrix or codes instead of calling it where they can."""
+    return _Hooked(head) if is_hooked(head, forward) else head
 
 
 def _needs_no_logits(loss: LossSpec, head: nn.Module, dense: Scorer | None) -> bool:

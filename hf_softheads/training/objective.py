@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_softheads.bridge import (
+    FEW,
     IGNORE,
     Function,
     SplitModel,
@@ -18,6 +19,7 @@ from hf_softheads.bridge import (
     base_model,
     check_own_loss,
     check_transform,
+    few_tokens,
     head_as,
     loss_as,
     loss_of,
@@ -39,8 +41,6 @@ from hf_softheads.training.token_chunks import widened
 from hf_softheads.training.token_statistics import token_statistics
 
 Reduction = Literal["mean", "sum", "none"]
-
-_FEW = 8  # tokens of the trial run
 
 
 class _Call(NamedTuple):
@@ -183,10 +183,10 @@ class Objective:
         self._teacher.check(teacher_hidden, tuple(labels.shape[:2]), runs=True)
         with_decoder_inputs(base, labels, inputs)
         asks = asks_for_loss(base)
-        if not self._transform_checked and "input_ids" in batch:
-            few = _few_tokens(inputs)
+        few = few_tokens(inputs)
+        if not self._transform_checked and {"input_ids", "inputs_embeds"} & few.keys():
             if not asks and labels.ndim == 2 and not about:
-                few["labels"] = labels[:1, :_FEW]
+                few["labels"] = labels[:1, :FEW]
             output = check_transform(self.model, self.transform, few)
             if "labels" in few:
                 check_own_loss(base, output, targets_of(base, few["labels"]))
@@ -240,9 +240,7 @@ class Objective:
         self._teacher.check(teacher_hidden, tuple(labels.shape[:1]), runs=False)
         head = head or output_head(self.model)
         teacher = self._teacher.view(teacher_hidden, hidden.device)
-        return self._weighted.total(
-            head, head.forward, hidden, labels, teacher, 1 / max(len(labels), 1)
-        )
+        return self._weighted.total(head, head, hidden, labels, teacher, 1 / max(len(labels), 1))
 
     def token_statistics(
         self, hidden: Tensor, labels: Tensor, temperature: float = 1.0
@@ -279,14 +277,6 @@ class Objective:
     def _keep_output(self, _: nn.Module, __: Any, out: Tensor) -> None:
         """What the head gave after the hooks of wrappers: ZeRO-3 puts another tensor in its place."""
         self._out = out
-
-
-def _few_tokens(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The first tokens of a batch's first row, for encoder and decoder, and the call's switches."""
-    names = ("input_ids", "decoder_input_ids")
-    tokens = {name: batch[name][:1, :_FEW] for name in names if name in batch}
-    switches = {k: v for k, v in batch.items() if isinstance(v, bool) and k != "use_cache"}
-    return {**switches, **tokens, "return_dict": True}
 
 
 def _check_labels(chosen: Tensor, vocab: int) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_softheads.bridge import is_hooked
 from hf_softheads.heads import base
 from hf_softheads.heads.base import Head, LogitTransform
 from hf_softheads.heads.forms.matrix_numbers import Walk, of_matrix
@@ -31,14 +32,15 @@ def token_statistics(
 
     Exactly 0 where `label == ignore_index`, which is not computed at all. Gradients flow through the log-probability
     and the entropy. An `nn.Linear` is walked over in blocks of the vocabulary, a patched head in its own way, any
-    other (with an adapter, say) in chunks of tokens. `transform`: what the model does to its logits after the head; a
-    patched head knows its own.
+    other (with an adapter or a hook, say) in chunks of tokens. `transform`: what the model does to its logits after the
+    head; a patched head knows its own.
     """
     check_temperature(temperature)
-    if isinstance(head, Head):
+    if isinstance(head, Head) and not is_hooked(head):
         return head.token_statistics(hidden, labels, temperature, ignore_index)
     width = int(getattr(head, "out_features", 2**17))
-    after = LogitTransform() if transform is None else transform
+    known = head.transform if isinstance(head, Head) else None
+    after = transform or known or LogitTransform()
 
     def of_linear(h: Tensor, y: Tensor) -> Tensor:
         assert isinstance(head, nn.Linear)
@@ -53,6 +55,6 @@ def token_statistics(
         parts = zip(h.split(rows), y.split(rows), strict=True)
         return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
 
-    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-    numbers = of_linear if plain else of_any
+    linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    numbers = of_linear if linear and not is_hooked(head) else of_any
     return as_statistics(labelled(numbers, hidden, labels, ignore_index))

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import hf_softheads as sh
 from tests.clients.samples import HEADS, patched
+from tests.conftest import make_model
 
 
 def adapters(**options: Any) -> LoraConfig:
@@ -96,3 +98,25 @@ def test_all_linear(tokens):
     adapted = [name for name, _ in model.named_parameters() if "lora_A" in name]
     assert len(adapted) == 14
     assert not any("lm_head" in name for name in adapted)
+
+
+@pytest.mark.client(
+    "peft",
+    refused="loading the base of an adapter by its name (`AutoPeftModelForCausalLM`) after training on a model patched "
+    "in memory",
+    why="that folder holds the original; save the patched model and load it before the adapter is put on",
+)
+def test_an_adapter_does_not_name_the_original_as_its_base(tokens, tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "original")
+    base = sh.patch(AutoModelForCausalLM.from_pretrained(tmp_path / "original"), head="dense")
+    base.save_pretrained(tmp_path / "patched")
+    model = get_peft_model(base, adapters(init_lora_weights=False))
+    with pytest.warns(UserWarning, match="Could not find a config file in .*patched_in_memory"):
+        model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises((OSError, ValueError), match="hf_softheads/assets/patched_in_memory"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "patched")
+    model = get_peft_model(base, adapters(init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(again(tokens).logits, model(tokens).logits)

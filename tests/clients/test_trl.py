@@ -267,6 +267,23 @@ def test_refuses_a_setting_of_trl_that_it_does_not_know(patched: Any) -> None:
     assert "forward" not in model.__dict__
 
 
+@pytest.mark.client(
+    "trl",
+    refused="the fused head while other code hooks the head, or has given it a forward of its own",
+    why="the fused head does not call it",
+)
+@pytest.mark.parametrize("own", [False, True], ids=["hook", "forward"])
+def test_a_hooked_head_refuses_the_fused_outputs(own: bool, patched: Any) -> None:
+    model, ids = patched(VQ(32)), torch.arange(4, 16)[None]
+    add_fused_lm_head(model)
+    if own:
+        model.lm_head.forward = lambda hidden: model.lm_head.scores(hidden) * 2
+    else:
+        model.lm_head.register_forward_hook(lambda *a: a[2] * 2)
+    with pytest.raises(ValueError, match=r"a hook on this VQHead.* does not call the head"):
+        model(ids, labels=ids, fused_lm_head=True)
+
+
 # -- trainers ------------------------------------------------------------
 
 
@@ -345,6 +362,59 @@ def test_grpo_starts_without_kl(name: str, patched: Any, tokenizer: Any, tmp_pat
     log = log_of(trainer)
     assert log["kl"] == pytest.approx(0, abs=1e-6)
     assert log["entropy"] > 0
+
+
+@pytest.fixture(scope="module")
+def folder(dense: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the original model."""
+    path: Path = tmp_path_factory.mktemp("original")
+    dense.save_pretrained(path)
+    return path
+
+
+@pytest.mark.client(
+    "trl",
+    refused="a reference model or tokenizer that the trainer would load by the name of a model patched in memory "
+    "(`ref_model=None`, `beta > 0`, no `processing_class`)",
+    why="that folder holds the original; save the patched model and load it, or give `ref_model`, `processing_class`",
+)
+@pytest.mark.parametrize(
+    "patch", [{"head": VQ(32)}, {"attention": "sigmoid"}], ids=["head", "attention"]
+)
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO", "RLOO"])
+def test_a_reference_model_is_not_the_original_one(
+    kind: str, patch: dict[str, Any], folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = sh.patch(AutoModelForCausalLM.from_pretrained(folder), **patch)
+    data: dict[str, Any] = {"train_dataset": pairs(2)}
+    more: dict[str, Any] = {}
+    if kind in ("GRPO", "RLOO"):
+        data = {
+            "train_dataset": pairs(2),
+            "reward_funcs": lambda completions, **_: [0.0] * len(completions),
+        }
+        more = {"num_generations": 2, "beta": 0.1}
+    elif kind == "KTO":
+        rows = [
+            {"prompt": text(i, 5), "completion": f" {text(50 + i, 4)}", "label": i < 2}
+            for i in range(4)
+        ]
+        data = {"train_dataset": Dataset.from_list(rows)}
+    args = getattr(trl, f"{kind}Config")(**options(tmp_path, **more))
+    trainer = getattr(trl, f"{kind}Trainer")
+    with pytest.raises(
+        (OSError, ValueError), match="patched_in_memory__save_it_and_load_that_folder"
+    ):
+        trainer(model, args=args, processing_class=tokenizer, **data)
+    with pytest.raises(
+        (OSError, ValueError), match="patched_in_memory__save_it_and_load_that_folder"
+    ):
+        trainer(model, args=args, **data)
+    model.save_pretrained(tmp_path / "patched")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "patched")
+    found = trainer(again, args=args, processing_class=tokenizer, **data).ref_model
+    ids = torch.arange(4, 12)[None]
+    assert torch.equal(found(ids).logits, model(ids).logits)
 
 
 @pytest.mark.client("trl", works="packing")

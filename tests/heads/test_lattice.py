@@ -9,7 +9,7 @@ import torch
 
 from hf_softheads.heads import Lattice, LowRank, Quantized, Screened, TransformCoded
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.lattice import _points, nearest_points, shapes
+from hf_softheads.heads.lattice import _points, halves, nearest_points
 from tests.heads.conftest import Toy, fit, kl, make_toy
 
 
@@ -19,8 +19,8 @@ def codebook() -> torch.Tensor:
 
 
 def test_codebook_is_a_shifted_lattice() -> None:
-    assert shapes().shape == (256, 8)
-    assert int((shapes().square().sum(1) <= 10).sum()) == 227  # as QuIP# counts them
+    assert halves().shape == (256, 8)
+    assert int((halves().square().sum(1) <= 10).sum()) == 227  # as QuIP# counts them
     points = codebook()
     assert len(points.unique(dim=0)) == 2**16
     shift = torch.where(points[:, :1] % 1 == 0.25, -0.25, 0.25)

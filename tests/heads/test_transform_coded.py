@@ -10,6 +10,7 @@ import torch
 from hf_softheads.heads import ProductVQ, Quantized, TransformCoded
 from hf_softheads.heads.fit.bit_allocation import _ERROR, STEP, water_fill
 from hf_softheads.heads.fit.gptq import round_with_feedback
+from hf_softheads.heads.forms.bit_planes import read_codes
 from tests.heads.conftest import Toy, fit, make_toy
 
 
@@ -125,3 +126,18 @@ def test_single_rows_are_those_of_the_blocks(toy: Toy, bits: float) -> None:
     assert torch.equal(head.rows(some), whole[some])
     head.relax_codes()
     assert torch.equal(head.rows(some), whole[some])
+
+
+@pytest.mark.parametrize("bits", [2.5, 4.0, 6.5])
+def test_codes_are_read_in_a_traced_program_too(toy: Toy, bits: float) -> None:
+    head = fit(TransformCoded(bits=bits), toy)
+    assert len(head.bits.unique()) > 1
+    codes, some = head.unpacked(), torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    last = torch.tensor([stop for _, stop in head.ranges[:-1]])
+    tier = torch.bucketize(some, last, right=True)
+    found = read_codes(head.codes, head.bits, head.ranges, some, tier)
+    assert torch.equal(found, codes[some])
+    for t, (start, stop) in enumerate(head.ranges):
+        rows = torch.arange(start, stop)
+        found = read_codes(head.codes, head.bits, head.ranges, rows, t)
+        assert torch.equal(found, codes[rows])

@@ -241,7 +241,7 @@ MUTANTS = [
     ),
     Mutant(
         "hf_softheads/sites/lm_head.py",
-        "            head.transform = bridge.logit_transform(model)\n\n    def describe",
+        "            head.transform = _rising_transform(model)\n\n    def describe",
         "            pass\n\n    def describe",
         "tests/test_families.py::test_save_and_load_is_bit_exact_twice[gemma2]",
         "a loaded head forgets the family's soft cap",
@@ -291,8 +291,8 @@ MUTANTS = [
     ),
     Mutant(
         _VQ,
-        'return all(step == "tanh" or value > 0 for step, value in self._known_transform().steps)',
-        "return True",
+        "if not self._known_transform().rises or depth",
+        "if depth",
         "tests/heads/test_vq.py::test_a_transform_that_decreases_turns_the_order",
         "top-k takes the worst tokens",
     ),
@@ -318,7 +318,7 @@ MUTANTS = [
         "a bias escapes the family's scale",
     ),
     Mutant(
-        _BRIDGE + "heads.py",
+        _BRIDGE + "split_model.py",
         "return self.transform(self.head(hidden).float())",
         "return self.transform(self.transform(self.head(hidden).float()))",
         "tests/test_evaluation.py::test_strict_perplexity",
@@ -340,7 +340,7 @@ MUTANTS = [
         "a token is trained to predict itself",
     ),
     Mutant(
-        _BRIDGE + "heads.py",
+        _BRIDGE + "split_model.py",
         "if not error <= 1e-2 * float(expected.abs().max()) + 1e-4:",
         "if False:",
         "tests/losses/test_objective.py::test_other_logits_than_the_trace_promises_are_refused",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_softheads import kernels
 from hf_softheads.attention.call import Call
+from hf_softheads.compiling import constant
 from hf_softheads.kernels.attention import attention
 
 RANK = 10
@@ -14,13 +15,10 @@ TITLE = "C++ kernel"
 COMPILED = True
 
 
+@constant
 def unavailable() -> str | None:
     """Why there is no kernel on this machine, or None."""
     return kernels.select("attention").reason
-
-
-# A constant for torch.compile. `torch.compiler.assume_constant_result` does no more than this, but loads the compiler.
-vars(unavailable)["_dynamo_marked_constant"] = True
 
 
 def supports(call: Call) -> str | None:

@@ -7,6 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from hf_softheads.compiling import constant
+
 
 def signed_hadamard(values: Tensor, signs: Tensor) -> Tensor:
     """`H (signs ∘ v)` of `values (…, D)`: H is orthogonal and symmetric, blocks of the largest power of two in D.
@@ -34,8 +36,13 @@ def random_signs(dim: int, seed: int) -> Tensor:
     return (torch.randint(2, (dim,), generator=generator) * 2 - 1).to(torch.int8)
 
 
-@cache
+@constant
 def _hadamard(size: int) -> Tensor:
+    return _built(size)
+
+
+@cache
+def _built(size: int) -> Tensor:
     matrix: Tensor = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,3 +35,8 @@ class LogitTransform:
                 return None
             factor *= 1 / value if operation == "div" else value
         return factor
+
+    @property
+    def rises(self) -> bool:
+        """Whether a larger score is a larger logit, as every head assumes that looks for its best tokens."""
+        return math.prod(value for _, value in self.steps) > 0

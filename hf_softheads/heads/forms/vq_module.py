@@ -77,7 +77,7 @@ class VQHead(Head):
     def token_numbers(
         self, hidden: Tensor, labels: Tensor, temperature: float, moments: bool
     ) -> Tensor:
-        if not (self._factorises and self._increases):
+        if not (self._factorises and self._known_transform().rises):
             return super().token_numbers(hidden, labels, temperature, moments)
         groups, mass = self.groups(), self.code_mass(temperature)
         shift, own = (
@@ -113,7 +113,7 @@ class VQHead(Head):
         groups = self.groups()
         depth = min(k, int(self._derived("largest", lambda: int(groups.sizes.max()), self.codes)))
         breadth = min(k, len(self.weight))
-        if not self._increases or depth * breadth > self.out_features:
+        if not self._known_transform().rises or depth * breadth > self.out_features:
             return super().topk(hidden, k)
         # The k best tokens are among the k best of each of the k codes whose best token is best.
         codes = F.linear(hidden, self.weight).float()
@@ -234,10 +234,6 @@ class VQHead(Head):
     def _factorises(self) -> bool:
         """Whether `p(token | h) = p(code | h) p(token | code)`: not with a bias under a tanh."""
         return self.bias is None or self._known_transform().scale is not None
-
-    @property
-    def _increases(self) -> bool:
-        return all(step == "tanh" or value > 0 for step, value in self._known_transform().steps)
 
     @property
     def _biases(self) -> tuple[Tensor, ...]:
