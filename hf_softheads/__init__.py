@@ -5,7 +5,7 @@ sh.patch(model, head=sh.heads.VQ(codes=4096), attention=sh.attention.SSMax())
 model.save_pretrained("out")  # loads with AutoModelForCausalLM.from_pretrained after `import hf_softheads`
 """
 
-from hf_softheads import attention, classifiers, heads, losses
+from hf_softheads import attention, classifiers, embeddings, heads, losses
 from hf_softheads.checkpoint import SoftheadsQuantizer as _SoftheadsQuantizer  # noqa: F401 - registers itself
 from hf_softheads.config import SoftheadsConfig
 from hf_softheads.export import export
@@ -31,6 +31,7 @@ __all__ = [
     "describe",
     "diagnose",
     "embedded",
+    "embeddings",
     "evaluate",
     "export",
     "heads",

@@ -15,6 +15,7 @@ FLOORS = (
     ("registry", "files", "bitpack", "hardware", "version"),
     ("kernels", "text", "losses", "classifiers"),
     ("heads", "attention"),
+    ("embeddings",),
     ("bridge",),
     ("sites", "training"),
     ("config",),

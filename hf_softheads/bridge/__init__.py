@@ -3,7 +3,7 @@
 `attention`: the registered implementation, its mask, the layers. `hidden`: the layer's input and its cache. `heads`:
 the output embedding, hidden states, what a family does to its logits. `linear`: what else a dense head may do.
 `family_loss`: the loss of a family's own forward. `inputs`: token ids. `loading`: a head that the checkpoint lacks.
-`ties`: parameters that are one. `classifiers`: the last module of a sequence classifier. `subclass`: the class of a
+`ties`: parameters that are one. `embeddings`: those that read the head's matrix, and special tokens. `classifiers`: the last module of a sequence classifier. `subclass`: the class of a
 patched model, and the loss inside its head. `probe`: a trial run. Nothing is assigned into a transformers class.
 """
 
@@ -18,6 +18,8 @@ from hf_softheads.bridge.attention import visible as visible
 from hf_softheads.bridge.classifiers import active_classifier as active_classifier
 from hf_softheads.bridge.classifiers import classifies as classifies
 from hf_softheads.bridge.classifiers import find_classifier as find_classifier
+from hf_softheads.bridge.embeddings import special_tokens as special_tokens
+from hf_softheads.bridge.embeddings import tied_embeddings as tied_embeddings
 from hf_softheads.bridge.family_loss import IGNORE as IGNORE
 from hf_softheads.bridge.family_loss import asks_for_loss as asks_for_loss
 from hf_softheads.bridge.family_loss import check_own_loss as check_own_loss
@@ -26,6 +28,7 @@ from hf_softheads.bridge.family_loss import loss_of as loss_of
 from hf_softheads.bridge.family_loss import targets_of as targets_of
 from hf_softheads.bridge.family_loss import with_decoder_inputs as with_decoder_inputs
 from hf_softheads.bridge.family_loss import without_logits as without_logits
+from hf_softheads.bridge.head_weight import guard_weight as guard_weight
 from hf_softheads.bridge.heads import Function as Function
 from hf_softheads.bridge.heads import SplitModel as SplitModel
 from hf_softheads.bridge.heads import active_head as active_head

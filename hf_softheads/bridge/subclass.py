@@ -23,6 +23,7 @@ from hf_softheads.bridge.heads import active_head
 from hf_softheads.bridge.hidden import CHILD
 from hf_softheads.bridge.ties import without_heads
 from hf_softheads.classifiers.base import PooledClassifier
+from hf_softheads.embeddings.head_rows import RowsEmbedding
 from hf_softheads.heads.base import Head
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
     _asks_for_loss: bool
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Head | AttentionVariant | PooledClassifier):
+        if not isinstance(module, Head | AttentionVariant | PooledClassifier):
+            super()._init_weights(module)  # an embedding may have buffers of its family
+        if isinstance(module, Head | AttentionVariant | PooledClassifier | RowsEmbedding):
             module.reset_parameters()
-        else:
-            super()._init_weights(module)
 
     @property
     def _tied_weights_keys(self) -> Any:
@@ -77,6 +78,8 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         head = self.get_output_embeddings()
+        if isinstance(self.get_input_embeddings(), RowsEmbedding):
+            return _resize_tied(self, new_num_tokens, *args, **kwargs)
         if isinstance(head, Head) and new_num_tokens and type(head).resize is Head.resize:
             head.resize(new_num_tokens)  # raises, before the input embedding has changed
         before = self.get_input_embeddings().weight.shape[0]
@@ -121,6 +124,10 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
     def loss_function(self, value: Any) -> None:
         self._loss_function = value
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        bind_rows(self)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (self._adopted_from, self._adopted_outer, self._asks_for_loss), self.__dict__
 
@@ -130,6 +137,31 @@ def _resized(head: Head, vocab: int) -> Head:
     new.untied = head.untied
     new.use_kernels(head.kernels)
     return new.train(head.training)
+
+
+def bind_rows(model: Any) -> None:
+    """Let the embeddings of a tied model read the rows of its head."""
+    head = model.get_output_embeddings()
+    for module in model.modules() if isinstance(head, Head) else ():
+        if isinstance(module, RowsEmbedding):
+            module.bind(head)
+
+
+def _resize_tied(
+    model: Any, rows: int | None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
+) -> Any:
+    """`resize_token_embeddings` of a model whose two ends are one table."""
+    head = model.get_output_embeddings()
+    rows = head.out_features if rows is None else rows
+    step = pad_to_multiple_of or 1
+    rows = -(-rows // step) * step
+    if rows != head.out_features:
+        new = _resized(head, rows).requires_grad_(head.weight.requires_grad)
+        new.untied = head.untied
+        model.set_output_embeddings(new)
+        bind_rows(model)
+        model.config.get_text_config().vocab_size = model.vocab_size = rows
+    return model.get_input_embeddings()
 
 
 def subclass_patched(model: PreTrainedModel) -> None:
