@@ -140,7 +140,7 @@ class SoftheadsConfig(QuantizationConfigMixin):
 
     def with_parts(self, parts: Mapping[str, Part]) -> SoftheadsConfig:
         """The same plan with other parts."""
-        declined = dict.fromkeys(self.declined, False)
+        declined: dict[str, Any] = dict.fromkeys(self.declined, False)
         return SoftheadsConfig(**_keywords(parts), **declined, inner=self.inner, stats=self.stats)
 
     def keywords(self) -> dict[str, Any]:

@@ -53,9 +53,9 @@ def patch(
             one is missing. It holds for this process: nothing of it is saved. `describe` says what runs.
         saving: whether the patched model may be saved later. True refuses a body whose quantizer transformers cannot
             save; False allows it.
-        others: variants for further sites, by their slot; `tie`: True lets the input embedding read its rows from the new
-            head (or an `embeddings` variant that says more), False gives it a matrix of its own. By default a model whose
-            embedding shared its head's matrix is tied again where the head has a row for each token.
+        others: variants for further sites, by their slot. `tie`: True lets the input embedding read its rows from the
+            new head (an `embeddings` variant says how), False gives it a matrix of its own; by default a model whose
+            embedding shared its head's matrix is tied again, where the head has a row for each token.
 
     Returns:
         The same model.

@@ -3,8 +3,9 @@
 `attention`: the registered implementation, its mask, the layers. `hidden`: the layer's input and its cache. `heads`:
 the output embedding, hidden states, what a family does to its logits. `linear`: what else a dense head may do.
 `family_loss`: the loss of a family's own forward. `inputs`: token ids. `loading`: a head that the checkpoint lacks.
-`ties`: parameters that are one. `embeddings`: those that read the head's matrix, and special tokens. `classifiers`: the last module of a sequence classifier. `subclass`: the class of a
-patched model, and the loss inside its head. `probe`: a trial run. Nothing is assigned into a transformers class.
+`ties`: parameters that are one. `embeddings`: those that read the head's matrix, and special tokens. `classifiers`: the
+last module of a sequence classifier. `subclass`: the class of a patched model, and the loss inside its head.
+`probe`: a trial run. Nothing is assigned into a transformers class.
 """
 
 from hf_softheads.bridge.attention import IMPLEMENTATION as IMPLEMENTATION
@@ -53,5 +54,6 @@ from hf_softheads.bridge.probe import probe as probe
 from hf_softheads.bridge.subclass import Patched as Patched
 from hf_softheads.bridge.subclass import restore_class as restore_class
 from hf_softheads.bridge.subclass import subclass_patched as subclass_patched
+from hf_softheads.bridge.ties import leave_ties as leave_ties
 from hf_softheads.bridge.ties import tied_names as tied_names
 from hf_softheads.bridge.ties import without_heads as without_heads

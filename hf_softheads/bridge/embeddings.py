@@ -48,7 +48,7 @@ def special_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     found: set[int] = set()
     for settings in (model.config.get_text_config(), getattr(model, "generation_config", None)):
         for name in ("bos", "eos", "pad", "decoder_start", "sep", "cls", "mask", "unk"):
-            value = getattr(settings, f"{name}_token_id", None)
+            value: Any = getattr(settings, f"{name}_token_id", None)
             found |= set(value if isinstance(value, list | tuple) else [value])
     file = local_file(model, "tokenizer.json")
     if file is not None:

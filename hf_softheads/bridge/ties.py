@@ -33,6 +33,13 @@ def without_heads(model: nn.Module, ties: Mapping[str, str]) -> dict[str, str]:
     return kept
 
 
+def leave_ties(model: PreTrainedModel) -> None:
+    """Let transformers tie none of the parameters of what has been put in."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied is not None:
+        model.all_tied_weights_keys = without_heads(model, tied)
+
+
 def _find(model: nn.Module, name: str) -> tuple[Any, bool]:
     """What bears this name, and whether it is inside a `Head` or a wrapper around one."""
     module: Any = model

@@ -111,6 +111,7 @@ class RowsEmbedding(nn.Embedding):
     """
 
     weight: nn.Parameter
+    exact: nn.Parameter
     tokens: Tensor
     _head: tuple[Head] | None = None
 
@@ -159,7 +160,8 @@ class RowsEmbedding(nn.Embedding):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RowsEmbedding:
         """A copy that reads the copy of the head, if that is being copied too; else the head itself."""
-        return _copied(self, memo)
+        new: RowsEmbedding = _copied(self, memo)
+        return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (type(self)._stands_for, RowsEmbedding), {**self.__dict__, "_head": None}
@@ -200,7 +202,7 @@ def _embed(rows: TokenRows, tokens: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _here(head: Head) -> Iterator[Head]:
     """The head with its tensors in memory, wherever accelerate keeps them between calls."""
-    hooked = [module for module in head.modules() if hasattr(module, "_hf_hook")]
+    hooked: list[Any] = [module for module in head.modules() if hasattr(module, "_hf_hook")]
     for module in hooked:
         module._hf_hook.pre_forward(module)
     try:
@@ -221,13 +223,13 @@ def _stand_in(kind: Any, old: nn.Embedding) -> Any:
 
 
 @functools.cache
-def _both(family: type[nn.Embedding], kind: type[nn.Embedding]) -> type[nn.Embedding]:
+def _both(family: Any, kind: Any) -> Any:
     """A class whose `forward` is the family's, with `kind`'s where the family calls that of `nn.Embedding`."""
     members = {"__module__": family.__module__, "__qualname__": family.__qualname__}
     return type(family.__name__, (family, kind), {**members, "_stands_for": family})
 
 
-def _blank(family: type[nn.Embedding], kind: type[nn.Embedding]) -> Any:
+def _blank(family: Any, kind: Any) -> Any:
     cls = kind if family is nn.Embedding else _both(family, kind)
     return cls.__new__(cls)
 

@@ -61,7 +61,7 @@ class Embedding(Site):
         return Part(part.value.complete(empty))
 
     def build(self, model: PreTrainedModel, part: Part) -> Embeddings:
-        old = bridge.tied_embeddings(model)
+        old: dict[str, Any] = bridge.tied_embeddings(model)
         if not old:
             raise ValueError(
                 f"the input embedding of this checkpoint reads the rows of its head, which a {type(model).__name__} "
@@ -73,7 +73,8 @@ class Embedding(Site):
             if id(module) in made:
                 continue
             if first is None:
-                first = made[id(module)] = part.value.module(module)
+                first = part.value.module(module)
+                made[id(module)] = first
             else:
                 made[id(module)] = RowsTwin.like(module, first)
         return {path: made[id(module)] for path, module in old.items()}
@@ -102,6 +103,7 @@ class Embedding(Site):
         head.untied = False
         for path, module in new.items():
             model.set_submodule(path, module)
+        bridge.leave_ties(model)
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = True  # as the head site found it
         bridge.guard_weight(_first(new))
@@ -155,8 +157,8 @@ def _check(path: str, users: Mapping[str, nn.Module]) -> None:
     for at, module in users.items():
         if not isinstance(module, nn.Embedding):
             raise ValueError(
-                f"the matrix of the head {path} is shared by {at} ({type(module).__name__}), which is no embedding; give "
-                "tie=False, and what shared it keeps it"
+                f"the matrix of the head {path} is shared by {at} ({type(module).__name__}), which is no embedding; "
+                "give tie=False, and what shared it keeps it"
             )
         if module.max_norm is not None:
             raise ValueError(
