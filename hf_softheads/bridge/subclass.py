@@ -23,7 +23,7 @@ from hf_softheads.bridge.heads import active_head
 from hf_softheads.bridge.hidden import CHILD
 from hf_softheads.bridge.ties import without_heads
 from hf_softheads.classifiers.base import PooledClassifier
-from hf_softheads.embeddings.head_rows import RowsEmbedding
+from hf_softheads.embeddings.head_rows import RowsEmbedding, RowsTwin
 from hf_softheads.heads.base import Head
 
 if TYPE_CHECKING:
@@ -78,18 +78,37 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         head = self.get_output_embeddings()
-        if isinstance(self.get_input_embeddings(), RowsEmbedding):
-            return _resize_tied(self, new_num_tokens, *args, **kwargs)
         if isinstance(head, Head) and new_num_tokens and type(head).resize is Head.resize:
             head.resize(new_num_tokens)  # raises, before the input embedding has changed
         before = self.get_input_embeddings().weight.shape[0]
+        every = self.named_modules(remove_duplicate=False)
+        twins = {path: module for path, module in every if isinstance(module, RowsTwin)}
         embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         rows = embedding.weight.shape[0]
         left = isinstance(head, Head) and self.get_output_embeddings() is head and rows != before
         if left and self.config.get_text_config().tie_word_embeddings:
             # Marian leaves the head to its tie, of which the new one has none
             self.set_output_embeddings(_resized(head, rows))
+        for path, twin in twins.items():  # a family puts one module everywhere
+            self.set_submodule(path, twin)
+        bind_rows(self)
         return embedding
+
+    def _get_resized_embeddings(
+        self,
+        old_embeddings: Any,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if isinstance(old_embeddings, RowsEmbedding):
+            step = pad_to_multiple_of or 1
+            rows = len(old_embeddings.weight) if new_num_tokens is None else new_num_tokens
+            return old_embeddings.resize(-(-rows // step) * step)
+        return super()._get_resized_embeddings(
+            old_embeddings, new_num_tokens, pad_to_multiple_of, *args, **kwargs
+        )
 
     def _get_resized_lm_head(
         self, old_lm_head: nn.Module, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
@@ -145,23 +164,6 @@ def bind_rows(model: Any) -> None:
     for module in model.modules() if isinstance(head, Head) else ():
         if isinstance(module, RowsEmbedding):
             module.bind(head)
-
-
-def _resize_tied(
-    model: Any, rows: int | None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
-) -> Any:
-    """`resize_token_embeddings` of a model whose two ends are one table."""
-    head = model.get_output_embeddings()
-    rows = head.out_features if rows is None else rows
-    step = pad_to_multiple_of or 1
-    rows = -(-rows // step) * step
-    if rows != head.out_features:
-        new = _resized(head, rows).requires_grad_(head.weight.requires_grad)
-        new.untied = head.untied
-        model.set_output_embeddings(new)
-        bind_rows(model)
-        model.config.get_text_config().vocab_size = model.vocab_size = rows
-    return model.get_input_embeddings()
 
 
 def subclass_patched(model: PreTrainedModel) -> None:

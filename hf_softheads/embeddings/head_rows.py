@@ -28,12 +28,11 @@ _SHARE = 64  # of the vocabulary at most
 
 @dataclass(frozen=True)
 class HeadRows(EmbeddingSpec, name="head_rows"):
-    """`embed(v) = weight ⊙ row_v` with the head's own `row_v`, and the trained `w_v` for the tokens that matter most.
+    """`embed(v) = weight_v row_v` with the head's own `row_v`, and the trained `w_v` for the tokens that matter most.
 
-    What the family does with its rows, such as a multiplier, stays. `weight (D,)` is the least squares fit to the
-    trained rows, weighted by how often each token is read. Exact are the rows of special tokens and those whose error,
-    times how often they are read, is largest. Frequencies are those of `HeadStats`; without them all tokens count
-    the same.
+    What the family does with its rows, such as a multiplier, stays. `weight (V, 1)` is the least squares fit to the
+    trained rows. Exact are the rows of special tokens and those whose error, times how often they are read, is largest.
+    Frequencies are those of `HeadStats`; without them all tokens count the same.
 
     Attributes:
         exact: how many rows stay as they were; None: 512, or a 64th of a small vocabulary, or none if the head's rows
@@ -80,31 +79,22 @@ class HeadRows(EmbeddingSpec, name="head_rows"):
         often = torch.ones(len(weight), dtype=torch.float64, device=weight.device)
         if stats is not None:
             often = stats.frequency.to(weight.device)
-        matters = often * torch.cat(
-            [(found - row).square().sum(1) for found, row in _pairs(embedding, weight)]
-        )
+        missed = torch.empty_like(often)
+        tokens = torch.arange(len(weight), device=weight.device)
+        for which in blocks(len(weight)):
+            row, trained = embedding.read(tokens[which]), weight[which].float()
+            size = row.square().sum(1, keepdim=True)
+            gain = torch.where(size > 0, (row * trained).sum(1, keepdim=True) / size, 1.0)
+            embedding.weight[which] = gain.to(weight.dtype)
+            missed[which] = (row * gain - trained).square().sum(1).double()
+        matters = often * missed
         matters[list(special)] = torch.inf
-        tokens = matters.topk(self.exact or 0).indices.sort().values
-        embedding.tokens.copy_(tokens)
-        embedding.exact.copy_(weight[tokens])
-        often[tokens] = 0
-        products = torch.zeros(2, weight.shape[1], dtype=torch.float64, device=weight.device)
-        for which, (found, row) in zip(blocks(len(weight)), _pairs(embedding, weight), strict=True):
-            products[0] += often[which] @ (found * row)
-            products[1] += often[which] @ (found * found)
-        fitted = products[0] / products[1]
-        embedding.weight.copy_(torch.where(products[1] > 0, fitted, 1.0))
-
-
-def _pairs(embedding: RowsEmbedding, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The head's rows and the trained ones, fp64, a block at a time."""
-    tokens = torch.arange(len(weight), device=weight.device)
-    for which in blocks(len(weight)):
-        yield embedding.read(tokens[which]).double(), weight[which].double()
+        embedding.tokens.copy_(matters.topk(self.exact or 0).indices.sort().values)
+        embedding.exact.copy_(weight[embedding.tokens])
 
 
 class RowsEmbedding(nn.Embedding):
-    """`weight (D,)`, the sorted `tokens (E,)` and their rows `exact (E, D)`; all other rows are the head's.
+    """`weight (V, 1)`, the sorted `tokens (E,)` and their rows `exact (E, D)`; all other rows are the head's.
 
     It also has the class of the embedding that it stands for, whose `forward` may do more with the rows. The head is
     not its child, so that the head's tensors are counted, moved and saved once.
@@ -121,7 +111,7 @@ class RowsEmbedding(nn.Embedding):
         new: RowsEmbedding = _stand_in(cls, old)
         matrix = old.weight
         new.weight = nn.Parameter(
-            matrix.new_ones(old.embedding_dim), requires_grad=matrix.requires_grad
+            matrix.new_ones(len(matrix), 1), requires_grad=matrix.requires_grad
         )
         rows = matrix.new_zeros(exact, old.embedding_dim)
         new.exact = nn.Parameter(rows, requires_grad=matrix.requires_grad)
@@ -133,6 +123,14 @@ class RowsEmbedding(nn.Embedding):
         self._head = (head,)
         self.num_embeddings = head.out_features
 
+    def resize(self, vocab: int) -> RowsEmbedding:
+        """Itself, for a head of another vocabulary size."""
+        kept = self.weight.detach()[:vocab]
+        weight = torch.cat([kept, kept.new_ones(vocab - len(kept), 1)])
+        self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        self.num_embeddings = vocab
+        return self
+
     def read(self, tokens: Tensor) -> Tensor:
         """The head's rows of `tokens (N,)`, `(N, D)` fp32, on the device of the tokens."""
         if self._head is None:
@@ -143,7 +141,7 @@ class RowsEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         flat = input.flatten()
-        found = self.read(flat) * self.weight
+        found = self.read(flat) * self.weight[flat]
         if len(self.tokens):
             place = torch.searchsorted(self.tokens, flat).clamp_max(len(self.tokens) - 1)
             kept = (self.tokens[place] == flat).unsqueeze(1)
