@@ -41,7 +41,8 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
 
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, Head | AttentionVariant | PooledClassifier):
-            super()._init_weights(module)  # an embedding may have buffers of its family
+            with torch._C.DisableTorchFunctionSubclass():  # so that no guard objects
+                super()._init_weights(module)  # an embedding may have buffers of its family
         if isinstance(module, Head | AttentionVariant | PooledClassifier | RowsEmbedding):
             module.reset_parameters()
 
@@ -176,9 +177,8 @@ def subclass_patched(model: PreTrainedModel) -> None:
             module.__class__ = _adopted(module.__class__, module is model, asks_for_loss(module))
     if "forward" in model.__dict__:
         model.forward = model.__dict__["forward"]  # given before the patch: see `answered`
-    guard_weight(
-        model.get_output_embeddings()
-    )  # a checkpoint's parameters take the place of those that were built
+    for module in (model.get_output_embeddings(), model.get_input_embeddings()):
+        guard_weight(module)  # a checkpoint's parameters take the place of those that were built
 
 
 def restore_class(model: PreTrainedModel) -> None:

@@ -61,12 +61,12 @@ class Embedding(Site):
         return Part(part.value.complete(empty))
 
     def build(self, model: PreTrainedModel, part: Part) -> Embeddings:
-        old: dict[str, Any] = bridge.tied_embeddings(model)
-        if not old:
+        if model.get_output_embeddings() is None:
             raise ValueError(
                 f"the input embedding of this checkpoint reads the rows of its head, which a {type(model).__name__} "
                 "does not have; load it with AutoModelForCausalLM"
             )
+        old: dict[str, Any] = bridge.tied_embeddings(model)
         made: dict[int, nn.Embedding] = {}
         first = None
         for module in old.values():
