@@ -200,7 +200,7 @@ def _embed(rows: TokenRows, tokens: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _here(head: Head) -> Iterator[Head]:
     """The head with its tensors in memory, wherever accelerate keeps them between calls."""
-    hooked: list[Any] = [module for module in head.modules() if hasattr(module, "_hf_hook")]
+    hooked: list[Any] = [m for m in head.modules() if "_hf_hook" in m.__dict__]
     for module in hooked:
         module._hf_hook.pre_forward(module)
     try:
