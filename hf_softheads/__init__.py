@@ -23,6 +23,7 @@ _PUBLIC = {  # as `pkgutil.resolve_name` takes it
     "describe": "hf_softheads.report.describe:describe",
     "diagnose": "hf_softheads.measure.diagnostics:diagnose",
     "embedded": "hf_softheads.text.embedded",
+    "embeddings": "hf_softheads.embeddings",
     "evaluate": "hf_softheads.measure.evaluation:evaluate",
     "export": "hf_softheads.exporting:export",
     "heads": "hf_softheads.heads",

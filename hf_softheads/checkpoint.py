@@ -70,12 +70,14 @@ class SoftheadsQuantizer(HfQuantizer):
         plan: SoftheadsConfig = self.quantization_config
         in_fp32: set[str] = set()
         bridge.subclass_patched(model)
+        built = []
         for site, part in plan.by_site():
             if site.is_in(model):
                 with torch.device("meta"):
-                    new = site.build(model, part)
-                site.install(model, new)
-                in_fp32 |= site.in_fp32(model, new)
+                    built.append((site, site.build(model, part)))
+        for site, new in built:
+            site.install(model, new)
+            in_fp32 |= site.in_fp32(model, new)
         _keep_in_fp32(model, in_fp32)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:

@@ -12,6 +12,8 @@ from hf_softheads.registry import did_you_mean
 from hf_softheads.sites.base import Part, Site
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hf_softheads.heads.stats import HeadStats
 
 METHOD = "softheads"
@@ -30,7 +32,7 @@ class SoftheadsConfig(QuantizationConfigMixin):
         layers: which layers get `attention`; default all. Negative indices count from the end.
         inner: the configuration of a real quantizer of the backbone, which runs first.
         stats: calibration statistics for the fit when patching while loading; never written to disk.
-        others: the keywords of further sites.
+        others: the keywords of further sites; False leaves a place as it is where it would be filled by default.
 
     Raises:
         ValueError: an unknown variant, field or keyword, a value of the wrong type, a newer format.
@@ -63,9 +65,10 @@ class SoftheadsConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.stats = stats
         self.parts: dict[str, Part] = {}
+        self.declined = [slot for slot in sites.slots() if given.get(slot) is False]
         for slot in sites.slots():
             value = given.get(slot)
-            if value is not None:
+            if value is not None and slot not in self.declined:
                 site = sites.site_for(slot, value)
                 options = {name: given.get(name) for name in site.options}
                 self.parts[slot] = site.parse(value, options)
@@ -118,13 +121,29 @@ class SoftheadsConfig(QuantizationConfigMixin):
         parts = {site.slot: site.for_pretrained(part) for site, part in self.by_site()}
         return self.with_parts(parts)
 
+    def for_model(self, model: PreTrainedModel) -> SoftheadsConfig:
+        """The plan for this very model: what was left open is decided, what sites do by default is added.
+
+        Raises:
+            ValueError: a part cannot be there.
+        """
+        parts = dict(self.parts)
+        for site, part in self.by_site():
+            parts[site.slot] = site.complete(model, part, parts)
+        for site in sites.SITES:
+            if site.slot not in (*parts, *self.declined):
+                more = site.by_default(model, parts)
+                parts |= {} if more is None else {site.slot: more}
+        return self.with_parts(parts)
+
     def with_parts(self, parts: Mapping[str, Part]) -> SoftheadsConfig:
         """The same plan with other parts."""
-        return SoftheadsConfig(**_keywords(parts), inner=self.inner, stats=self.stats)
+        declined: dict[str, Any] = dict.fromkeys(self.declined, False)
+        return SoftheadsConfig(**_keywords(parts), **declined, inner=self.inner, stats=self.stats)
 
     def keywords(self) -> dict[str, Any]:
         """The parts as `patch` takes them."""
-        return _keywords(self.parts)
+        return {**_keywords(self.parts), **dict.fromkeys(self.declined, False)}
 
 
 def _keywords(parts: Mapping[str, Part]) -> dict[str, Any]:

@@ -53,7 +53,9 @@ def patch(
             one is missing. It holds for this process: nothing of it is saved. `describe` says what runs.
         saving: whether the patched model may be saved later. True refuses a body whose quantizer transformers cannot
             save; False allows it.
-        others: variants for further sites, by their slot.
+        others: variants for further sites, by their slot. `tie`: True lets the input embedding read its rows from the
+            new head (an `embeddings` variant says how), False gives it a matrix of its own; by default a model whose
+            embedding shared its head's matrix is tied again, where the head has a row for each token.
 
     Returns:
         The same model.
@@ -78,6 +80,7 @@ def patch(
             f"this model's {slot} is already patched with {getattr(present, slot)}; call hf_softheads.unpatch(model) "
             "first, or load the original model"
         )
+    plan = plan.for_model(base)
     quantizer = base.__dict__.get("hf_quantizer")
     if quantizer is not None:
         if saving:
@@ -85,8 +88,11 @@ def patch(
         plan.inner = (
             quantizer.quantization_config.to_dict()
         )  # the plan takes its place in config.json
-    fitting = Fitting(stats, kernels)
-    prepared = [(site, site.prepare(base, part, fitting)) for site, part in plan.by_site()]
+    fitting = Fitting(stats, kernels, new := {})
+    prepared = []
+    for site, part in plan.by_site():
+        new[site.slot] = site.prepare(base, part, fitting)
+        prepared.append((site, new[site.slot]))
     install(base, plan, prepared, present)
     return model
 

@@ -15,6 +15,7 @@ FLOORS = (
     ("registry", "files", "bitpack", "compiling", "hardware", "imports", "version"),
     ("kernels", "text", "losses", "classifiers"),
     ("heads", "attention"),
+    ("embeddings",),
     ("bridge",),
     ("sites", "training", "pretrained"),
     ("config",),

@@ -28,7 +28,7 @@ def test_an_encoder_and_its_decoder_stay_tied(family: str, tmp_path: Any) -> Non
     model, batch = make_seq2seq(family), pairs()
     assert shared(model)
     wanted = model(**batch).logits
-    sh.patch(model, head=sh.heads.Dense())
+    sh.patch(model, head=sh.heads.Dense(), tie=False)
     assert torch.equal(model(**batch).logits, wanted)
     model.save_pretrained(tmp_path)
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
@@ -51,7 +51,7 @@ def test_an_encoder_and_its_decoder_stay_tied(family: str, tmp_path: Any) -> Non
 @pytest.mark.parametrize("family", ["bart", "t5", "marian"])
 def test_shards_keep_the_ties(family: str, tmp_path: Any) -> None:
     model, batch = make_seq2seq(family), pairs()
-    sh.patch(model, head=sh.heads.VQ(codes=16))
+    sh.patch(model, head=sh.heads.VQ(codes=16), tie=False)
     model.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
@@ -66,7 +66,7 @@ def test_shards_keep_the_ties(family: str, tmp_path: Any) -> None:
 def test_embeddings_that_were_never_tied_stay_apart(tmp_path: Any) -> None:
     model, batch = make_seq2seq("bart", tie_word_embeddings=False), pairs()
     wanted = model(**batch).logits
-    sh.patch(model, head=sh.heads.Dense()).save_pretrained(tmp_path)
+    sh.patch(model, head=sh.heads.Dense(), tie=False).save_pretrained(tmp_path)
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert not shared(again)
     assert torch.equal(again(**batch).logits, wanted)
@@ -79,7 +79,7 @@ def test_two_vocabularies_stay_two(tmp_path: Any) -> None:
     model, batch = make_seq2seq("marian", **options), pairs()
     batch["decoder_input_ids"] = batch["decoder_input_ids"] % 48
     wanted = model(**batch).logits
-    sh.patch(model, head=sh.heads.Dense()).save_pretrained(tmp_path)
+    sh.patch(model, head=sh.heads.Dense(), tie=False).save_pretrained(tmp_path)
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert not again.config.tie_word_embeddings  # the head's tie was the only one
     assert torch.equal(again(**batch).logits, wanted)
@@ -93,7 +93,7 @@ def test_the_matrix_may_be_the_head_s(tokens: Tensor, tmp_path: Any) -> None:
     model._tied_weights_keys = {"model.embed_tokens.weight": "lm_head.weight"}
     model.all_tied_weights_keys = dict(model._tied_weights_keys)
     wanted = model(tokens).logits
-    sh.patch(model, head=sh.heads.Dense())
+    sh.patch(model, head=sh.heads.Dense(), tie=False)
     assert model.all_tied_weights_keys == {}
     assert model._tied_weights_keys == {}
     model.save_pretrained(tmp_path)
@@ -103,7 +103,9 @@ def test_the_matrix_may_be_the_head_s(tokens: Tensor, tmp_path: Any) -> None:
 
 
 def test_what_was_tied_through_the_head_stays_one() -> None:
-    model = sh.patch(make_model("llama", tie_word_embeddings=True), head=sh.heads.Dense())
+    model = sh.patch(
+        make_model("llama", tie_word_embeddings=True), head=sh.heads.Dense(), tie=False
+    )
     ties = {"a.weight": "lm_head.weight", "b.weight": "lm_head.weight", "c.bias": "d.bias"}
     assert sh.bridge.without_heads(model, ties) == {"b.weight": "a.weight", "c.bias": "d.bias"}
 
@@ -117,7 +119,7 @@ def test_a_masked_model_s_bias(tokens: Tensor, tmp_path: Any) -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     torch.nn.init.normal_(model.cls.predictions.bias)
     wanted = model(tokens).logits
-    sh.patch(model, head=sh.heads.Dense()).save_pretrained(tmp_path)
+    sh.patch(model, head=sh.heads.Dense(), tie=False).save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, wanted)
     sh.unpatch(model)
     assert model.cls.predictions.decoder.bias is model.cls.predictions.bias

@@ -2,9 +2,9 @@
 
 `attention`: the registered implementation, its mask, the layers. `hidden`: the layer's input and its cache. `heads`:
 the output embedding. `logit_transform`: what a family does after it. `split_model`: the model without its head, and
-the head alone. `linear`: what else a dense head may do.
-`family_loss`: the loss of a family's own forward. `inputs`: token ids. `loading`: what a model was loaded from.
-`ties`: parameters that are one. `classifiers`: the last module of a sequence classifier. `subclass`: the class of a
+the head alone. `linear`: what else a dense head may do. `family_loss`: the loss of a family's own forward. `inputs`:
+token ids. `loading`: what a model was loaded from. `ties`: parameters that are one. `embeddings`: those that read the
+head's matrix, and special tokens. `classifiers`: the last module of a sequence classifier. `subclass`: the class of a
 patched model, and the loss inside its head. `probe`: a trial run. Nothing is assigned into a transformers class.
 """
 
@@ -19,6 +19,8 @@ from hf_softheads.bridge.attention import visible as visible
 from hf_softheads.bridge.classifiers import active_classifier as active_classifier
 from hf_softheads.bridge.classifiers import classifies as classifies
 from hf_softheads.bridge.classifiers import find_classifier as find_classifier
+from hf_softheads.bridge.embeddings import special_tokens as special_tokens
+from hf_softheads.bridge.embeddings import tied_embeddings as tied_embeddings
 from hf_softheads.bridge.family_loss import IGNORE as IGNORE
 from hf_softheads.bridge.family_loss import asks_for_loss as asks_for_loss
 from hf_softheads.bridge.family_loss import check_own_loss as check_own_loss
@@ -27,6 +29,7 @@ from hf_softheads.bridge.family_loss import loss_of as loss_of
 from hf_softheads.bridge.family_loss import targets_of as targets_of
 from hf_softheads.bridge.family_loss import with_decoder_inputs as with_decoder_inputs
 from hf_softheads.bridge.family_loss import without_logits as without_logits
+from hf_softheads.bridge.head_weight import guard_weight as guard_weight
 from hf_softheads.bridge.heads import Function as Function
 from hf_softheads.bridge.heads import active_head as active_head
 from hf_softheads.bridge.heads import base_model as base_model
@@ -56,5 +59,6 @@ from hf_softheads.bridge.split_model import few_tokens as few_tokens
 from hf_softheads.bridge.subclass import Patched as Patched
 from hf_softheads.bridge.subclass import restore_class as restore_class
 from hf_softheads.bridge.subclass import subclass_patched as subclass_patched
+from hf_softheads.bridge.ties import leave_ties as leave_ties
 from hf_softheads.bridge.ties import tied_names as tied_names
 from hf_softheads.bridge.ties import without_heads as without_heads

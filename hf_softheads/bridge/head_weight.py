@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_softheads.embeddings.head_rows import RowsEmbedding
 from hf_softheads.heads.base import Head
 from hf_softheads.heads.dense import DenseHead
 
@@ -61,31 +62,61 @@ class _Guarded(Tensor):
                     *args, **(kwargs or {})
                 )  # offloads it, and makes a parameter of it again
             if func in _CASTS:
-                return func(*args, **(kwargs or {})).as_subclass(HeadValues)
+                return func(*args, **(kwargs or {})).as_subclass(_values(cls))
             own = next(a for a in _flat((args, kwargs or {})) if isinstance(a, _Guarded))
-            raise ValueError(_refusal(func, tuple(own.shape), reader))
+            raise ValueError(own._refusal(func, reader))
 
-
-class HeadWeight(_Guarded, nn.Parameter):
-    """The parameter itself."""
+    def _refusal(self, func: Callable[..., Any], reader: str) -> str:
+        raise NotImplementedError
 
 
 class HeadValues(_Guarded):
-    """What other code cast from it to another dtype or device, still no matrix of logits."""
+    """What other code cast from a head's weight to another dtype or device, still no matrix of logits."""
+
+    def _refusal(self, func: Callable[..., Any], reader: str) -> str:
+        return (
+            f"{_asked(func, reader)} `weight` {tuple(self.shape)} of a head that hf_softheads put in, but its logits "
+            "are not `hidden @ weight.T`, so the result would be another model's; use head(hidden), "
+            "head.token_statistics(hidden, labels) or head.subset(hidden, tokens), turn off the option that multiplies "
+            "by lm_head.weight, or hf_softheads.unpatch the model. weight.detach() gives the plain numbers"
+        )
 
 
-def guard_weight(head: nn.Module | None) -> None:
-    """Let the head's `weight` refuse other code's products, unless it is the matrix of the head's logits.
+class HeadWeight(HeadValues, nn.Parameter):
+    """The parameter itself."""
 
-    It stays the same object. Wrappers that put another tensor in its place (FSDP, `to_empty`) take the guard off.
+
+class EmbeddingValues(_Guarded):
+    """What other code cast from an embedding's weight, no rows."""
+
+    def _refusal(self, func: Callable[..., Any], reader: str) -> str:
+        return (
+            f"{_asked(func, reader)} `weight` {tuple(self.shape)} of an input embedding that reads the rows of the "
+            "head, which are not in it; call the embedding: model.get_input_embeddings()(tokens)"
+        )
+
+
+class EmbeddingWeight(EmbeddingValues, nn.Parameter):
+    """The parameter itself."""
+
+
+def _values(kind: type) -> Any:
+    return EmbeddingValues if issubclass(kind, EmbeddingValues) else HeadValues
+
+
+def guard_weight(module: nn.Module | None) -> None:
+    """Let the `weight` of a head, or of an embedding that reads its rows, refuse other code's products.
+
+    It stays the same object; that of a head whose logits are products with it goes unguarded. Wrappers that put another
+    tensor in its place (FSDP, `to_empty`) take the guard off.
     """
-    if not isinstance(head, Head) or isinstance(head, DenseHead):
+    if isinstance(module, DenseHead) or not isinstance(module, Head | RowsEmbedding):
         return
-    weight = head._parameters.get("weight")
+    weight: Any = module._parameters.get("weight")
     if type(weight) is nn.Parameter:
-        weight.__class__ = HeadWeight
-    if not hasattr(head, "bias"):
-        head.register_parameter("bias", None)  # read beside `weight`, which then says why not
+        weight.__class__ = HeadWeight if isinstance(module, Head) else EmbeddingWeight
+    if isinstance(module, Head) and not hasattr(module, "bias"):
+        module.register_parameter("bias", None)  # read beside `weight`, which then says why not
 
 
 def _reader() -> str:
@@ -102,14 +133,8 @@ def _reader() -> str:
     return "torch"
 
 
-def _refusal(func: Callable[..., Any], shape: tuple[int, ...], reader: str) -> str:
-    return (
-        f"{reader} reads rows or products ({getattr(func, '__name__', func)}) of the parameter `weight` {shape} of a "
-        "head that hf_softheads put in, but its logits are not `hidden @ weight.T`, so the result would be another "
-        "model's; use head(hidden), head.token_statistics(hidden, labels) or head.subset(hidden, tokens), turn off "
-        "the option that multiplies by lm_head.weight, or hf_softheads.unpatch the model. weight.detach() gives the "
-        "plain numbers"
-    )
+def _asked(func: Callable[..., Any], reader: str) -> str:
+    return f"{reader} reads rows or products ({getattr(func, '__name__', func)}) of the parameter"
 
 
 def _flat(values: Any) -> list[Any]:

@@ -61,7 +61,9 @@ def check_loaded(model: PreTrainedModel, path: str, head: nn.Module) -> None:
 
 def _checkpoint_names(model: PreTrainedModel) -> set[str]:
     """The tensors in the checkpoint that a model was loaded from; none where it is not at hand as safetensors."""
-    index, whole = (_file(model, name) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+    index, whole = (
+        local_file(model, name) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
+    )
     try:
         if index is not None:
             return set(json.loads(index.read_text())["weight_map"])
@@ -73,7 +75,8 @@ def _checkpoint_names(model: PreTrainedModel) -> set[str]:
     return set()
 
 
-def _file(model: PreTrainedModel, name: str) -> Path | None:
+def local_file(model: PreTrainedModel, name: str) -> Path | None:
+    """A file beside the checkpoint that a model was loaded from, in its folder or in the cache; None elsewhere."""
     folder: Any = source(model)
     here = Path(folder, name)
     if folder and here.is_file():

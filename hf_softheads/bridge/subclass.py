@@ -24,6 +24,7 @@ from hf_softheads.bridge.hidden import CHILD
 from hf_softheads.bridge.step_size import watch_steps
 from hf_softheads.bridge.ties import without_heads
 from hf_softheads.classifiers.base import PooledClassifier
+from hf_softheads.embeddings.head_rows import RowsEmbedding, RowsTwin
 from hf_softheads.heads.base import Head
 
 if TYPE_CHECKING:
@@ -40,10 +41,11 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
     _asks_for_loss: bool
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Head | AttentionVariant | PooledClassifier):
+        if not isinstance(module, Head | AttentionVariant | PooledClassifier):
+            with torch._C.DisableTorchFunctionSubclass():  # so that no guard objects
+                super()._init_weights(module)  # an embedding may have buffers of its family
+        if isinstance(module, Head | AttentionVariant | PooledClassifier | RowsEmbedding):
             module.reset_parameters()
-        else:
-            super()._init_weights(module)
 
     @property
     def _tied_weights_keys(self) -> Any:
@@ -81,13 +83,34 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
         if isinstance(head, Head) and new_num_tokens and type(head).resize is Head.resize:
             head.resize(new_num_tokens)  # raises, before the input embedding has changed
         before = self.get_input_embeddings().weight.shape[0]
+        every = self.named_modules(remove_duplicate=False)
+        twins = {path: module for path, module in every if isinstance(module, RowsTwin)}
         embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         rows = embedding.weight.shape[0]
         left = isinstance(head, Head) and self.get_output_embeddings() is head and rows != before
         if left and self.config.get_text_config().tie_word_embeddings:
             # Marian leaves the head to its tie, of which the new one has none
             self.set_output_embeddings(_resized(head, rows))
+        for path, twin in twins.items():  # a family puts one module everywhere
+            self.set_submodule(path, twin)
+        bind_rows(self)
         return embedding
+
+    def _get_resized_embeddings(
+        self,
+        old_embeddings: Any,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if isinstance(old_embeddings, RowsEmbedding):
+            step = pad_to_multiple_of or 1
+            rows = len(old_embeddings.weight) if new_num_tokens is None else new_num_tokens
+            return old_embeddings.resize(-(-rows // step) * step)
+        return super()._get_resized_embeddings(
+            old_embeddings, new_num_tokens, pad_to_multiple_of, *args, **kwargs
+        )
 
     def _get_resized_lm_head(
         self, old_lm_head: nn.Module, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
@@ -122,6 +145,10 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
     def loss_function(self, value: Any) -> None:
         self._loss_function = value
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        bind_rows(self)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (self._adopted_from, self._adopted_outer, self._asks_for_loss), self.__dict__
 
@@ -131,6 +158,14 @@ def _resized(head: Head, vocab: int) -> Head:
     new.untied = head.untied
     new.use_kernels(head.kernels)
     return new.train(head.training)
+
+
+def bind_rows(model: Any) -> None:
+    """Let the embeddings of a tied model read the rows of its head."""
+    head = model.get_output_embeddings()
+    for module in model.modules() if isinstance(head, Head) else ():
+        if isinstance(module, RowsEmbedding):
+            module.bind(head)
 
 
 def subclass_patched(model: PreTrainedModel) -> None:
@@ -143,9 +178,8 @@ def subclass_patched(model: PreTrainedModel) -> None:
             module.__class__ = _adopted(module.__class__, module is model, asks_for_loss(module))
     if "forward" in model.__dict__:
         model.forward = model.__dict__["forward"]  # given before the patch: see `answered`
-    guard_weight(
-        model.get_output_embeddings()
-    )  # a checkpoint's parameters take the place of those that were built
+    for module in (model.get_output_embeddings(), model.get_input_embeddings()):
+        guard_weight(module)  # a checkpoint's parameters take the place of those that were built
 
 
 def restore_class(model: PreTrainedModel) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from hf_softheads.embeddings.head_rows import RowsEmbedding, RowsTwin
 from hf_softheads.heads.base import Head
 
 if TYPE_CHECKING:
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def without_heads(model: nn.Module, ties: Mapping[str, str]) -> dict[str, str]:
-    """`{target: source}` less the parameters of a `Head`; what shared a matrix through the head still does.
+    """`{target: source}` less the parameters of a `Head`; what shared a matrix through the head still does, unless it
+    reads its rows from there now.
 
     A tie that the family made with the new head stays: BERT takes over the head's bias.
     """
@@ -31,6 +33,13 @@ def without_heads(model: nn.Module, ties: Mapping[str, str]) -> dict[str, str]:
     return kept
 
 
+def leave_ties(model: PreTrainedModel) -> None:
+    """Let transformers tie none of the parameters of what has been put in."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied is not None:
+        model.all_tied_weights_keys = without_heads(model, tied)
+
+
 def _find(model: nn.Module, name: str) -> tuple[Any, bool]:
     """What bears this name, and whether it is inside a `Head` or a wrapper around one."""
     module: Any = model
@@ -43,7 +52,7 @@ def _find(model: nn.Module, name: str) -> tuple[Any, bool]:
         inner = module
         for wrapped in ("original_module", "base_layer"):  # as PEFT names them
             inner = inner._modules.get(wrapped, inner)
-        within = within or isinstance(inner, Head)
+        within = within or isinstance(inner, Head | RowsEmbedding | RowsTwin)
     return module._parameters.get(last), within
 
 

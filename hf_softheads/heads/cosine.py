@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.fit.blockwise import best_scale, in_chunks, scores_of
 from hf_softheads.heads.fit.kmeans import require_finite
+from hf_softheads.heads.forms.token_rows import RowKind
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
@@ -83,6 +84,7 @@ class CosineHead(Head):
     """`weight (V, D)` is normalised when used; `length (V,)` where rows keep theirs; `scale (1,)`."""
 
     keep_in_fp32 = ("scale",)
+    row_kind: RowKind = "trained"
 
     def __init__(self, dim: int, vocab: int, lengths: str, *, bias: bool):
         super().__init__(dim, vocab)
@@ -93,6 +95,9 @@ class CosineHead(Head):
         self.bias = nn.Parameter(torch.empty(vocab)) if bias else None
         self.states: Tensor
         self.register_buffer("states", torch.zeros(1, dtype=torch.int32))  # scale fitted to so many
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight).float()
 
     def scores(self, hidden: Tensor) -> Tensor:
         scores = self.scale * self.directions(hidden)

@@ -13,6 +13,7 @@ from hf_softheads.heads import base
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.forms.matrix_numbers import Walk, of_matrix
 from hf_softheads.heads.forms.streamed_rows import products
+from hf_softheads.heads.forms.token_rows import RowKind
 from hf_softheads.kernels import select
 from hf_softheads.kernels.dense import dense_score
 
@@ -45,6 +46,8 @@ class Dense(HeadSpec, name="dense"):
 
 
 class DenseHead(Head):
+    row_kind: RowKind = "trained"
+
     def __init__(self, dim: int, vocab: int, *, bias: bool):
         super().__init__(dim, vocab)
         self.weight = nn.Parameter(torch.empty(vocab, dim))
@@ -52,6 +55,9 @@ class DenseHead(Head):
 
     def scores(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.weight, self.bias)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight).float()
 
     def score(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         if not self._gathers(hidden):

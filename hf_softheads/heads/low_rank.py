@@ -16,6 +16,7 @@ from hf_softheads.heads.fit.blockwise import blocks
 from hf_softheads.heads.fit.hessian import principal_directions
 from hf_softheads.heads.fit.kmeans import require_finite
 from hf_softheads.heads.forms.streamed_rows import RowsHead, rate_by_size
+from hf_softheads.heads.forms.token_rows import RowKind, token_rows
 from hf_softheads.heads.forms.trainable_codes import TrainableCodes
 from hf_softheads.heads.forms.wrapper import WrapperHead
 from hf_softheads.registry import Count
@@ -135,6 +136,19 @@ class ProjectedHead(WrapperHead):
         """The inner head, which describes the same model: it gets the transform."""
         self.inner.transform = self.transform
         return self.inner
+
+    @property
+    def row_kind(self) -> RowKind:
+        rows = token_rows(self.inner)
+        if rows is None:
+            return "none"
+        return "shared" if rows.row_kind == "shared" else "rebuilt"
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        rows = token_rows(self.inner)
+        assert rows is not None
+        found: Tensor = rows.embed(tokens) @ self.weight.float()
+        return found
 
     def prepare(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.weight)

@@ -163,6 +163,9 @@ class ResidualVQHead(RowsHead):
     def dense(self) -> tuple[Tensor, Tensor | None]:
         return self.rows(slice(None)).float(), None if self.bias is None else self.bias.float()
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.rows(tokens).float()
+
     def additive(self) -> Additive:
         parts = [slice(0, self.in_features)] * len(self.weight)
         return Additive(self.codes.long(), self.weight, parts, None, self.store)

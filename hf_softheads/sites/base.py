@@ -32,10 +32,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Fitting:
-    """What a fit may use: calibration statistics, and whether kernels are allowed or demanded."""
+    """What a fit may use: calibration statistics, whether kernels are allowed or demanded, and what earlier sites have
+    prepared, by slot."""
 
     stats: HeadStats | None = None
     kernels: KernelMode = "auto"
+    prepared: Mapping[str, Any] = field(default_factory=dict)
 
     def demand(self, part: str, lacking: str | None) -> None:
         """Raise KernelUnavailable if kernels are demanded and `part` cannot have one, for the reason `lacking`."""
@@ -86,6 +88,14 @@ class Site:
 
     def for_pretrained(self, part: Part) -> Part:
         """The part with what is left open decided in favour of what starts closest to the trained model."""
+        return part
+
+    def by_default(self, model: PreTrainedModel, parts: Mapping[str, Part]) -> Part | None:
+        """What this site adds to a plan of other `parts`, by slot, that says nothing about it."""
+        return None
+
+    def complete(self, model: PreTrainedModel, part: Part, parts: Mapping[str, Part]) -> Part:
+        """The part for this very model, with what was left open decided. Raises ValueError if it cannot be there."""
         return part
 
     def is_in(self, model: PreTrainedModel) -> bool:

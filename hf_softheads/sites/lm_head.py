@@ -75,9 +75,7 @@ class LMHead(Site):
                 id(c): c for c in (model.config, model.config.get_text_config())
             }.values():
                 config.tie_word_embeddings = False
-        tied = getattr(model, "all_tied_weights_keys", None)
-        if tied is not None:
-            model.all_tied_weights_keys = bridge.without_heads(model, tied)
+        bridge.leave_ties(model)
 
     def restore(self, model: PreTrainedModel, old: Any) -> None:
         """Put the dense head back; where the vocabulary has been resized meanwhile, resized as transformers does it."""

@@ -13,6 +13,7 @@ from hf_softheads.heads import base
 from hf_softheads.heads.base import Head
 from hf_softheads.heads.forms.sampling import check_temperature
 from hf_softheads.heads.forms.token_numbers import over_blocks
+from hf_softheads.heads.forms.token_rows import RowKind
 from hf_softheads.heads.forms.trainable_codes import Additive
 
 _BLOCK = 4096  # rows rebuilt at once
@@ -29,6 +30,7 @@ class RowsHead(Head):
     """
 
     code_lr = 0.0
+    row_kind: RowKind = "rebuilt"
 
     def __init__(self, dim: int, vocab: int, *, bias: bool):
         super().__init__(dim, vocab)
@@ -90,10 +92,19 @@ class RowsHead(Head):
         """Hidden states `(…, D)` in the coordinates of the rows, `(…, K)`."""
         return hidden
 
-    def dense(self) -> tuple[Tensor, Tensor | None] | None:
+    def embed(self, tokens: Tensor) -> Tensor:
+        places = self.row_of_token()
+        rows = self.rows(tokens if places is None else places[tokens].long()).float()
+        return rows if type(self).prepare is RowsHead.prepare else rows @ self._axes()
+
+    def _axes(self) -> Tensor:
+        """What `prepare` multiplies hidden states by, transposed: `(K, D)` fp32."""
         unit = torch.eye(self.in_features, dtype=self.weight.dtype, device=self.weight.device)
+        return self.prepare(unit).float().T
+
+    def dense(self) -> tuple[Tensor, Tensor | None] | None:
         rows = torch.cat([self.rows(slice(*ends)).float() for ends in self.blocks()])
-        matrix = rows @ self.prepare(unit).float().T
+        matrix = rows @ self._axes()
         bias: Tensor | None = self.bias
         places = self.row_of_token()
         if places is not None:

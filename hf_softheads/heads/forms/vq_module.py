@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_softheads.bitpack import index_dtype
 from hf_softheads.heads.base import Head
 from hf_softheads.heads.forms.sampling import check_temperature, gumbel_max
+from hf_softheads.heads.forms.token_rows import RowKind
 
 
 class Groups(NamedTuple):
@@ -27,6 +28,7 @@ class VQHead(Head):
     """`scores`: `F.linear(h, weight)[..., codes] + bias`; everything else happens among the codes, not the tokens."""
 
     keep_in_fp32 = ("bias",)
+    row_kind: RowKind = "shared"
 
     def __init__(self, dim: int, vocab: int, codes: int, *, bias: bool, singletons: int = 0):
         super().__init__(dim, vocab)
@@ -38,6 +40,9 @@ class VQHead(Head):
         self.register_buffer("codes", torch.zeros(vocab, dtype=index_dtype(codes)))
         # floors of the mean loss in millionths of a nat, without and with bias; integers survive a cast to bf16
         self.register_buffer("floor", torch.full((2,), -1, dtype=torch.int32))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return F.embedding(self.codes[tokens].long(), self.weight).float()
 
     def scores(self, hidden: Tensor) -> Tensor:
         codes = F.linear(hidden, self.weight).float()
