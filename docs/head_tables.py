@@ -8,7 +8,7 @@ import re
 
 from sources import faster, milliseconds, results, where, written
 
-from hf_softheads import classifiers, heads  # noqa: F401 - register the variants
+from hf_softheads import classifiers, embeddings, heads  # noqa: F401 - register the variants
 from hf_softheads.registry import variants
 from hf_softheads.report.tables import Table, human_bytes
 
@@ -218,7 +218,7 @@ def fit_table() -> str:
 def head_variants_table() -> str:
     """Every head variant and every classifier, from the docstring and the fields of its class."""
     table = Table(["name", "what it computes", "source", "fields", "lossless setting"])
-    for name, cls in (variants("head") | variants("classifier")).items():
+    for name, cls in (variants("head") | variants("classifier") | variants("embedding")).items():
         formula = inspect.getdoc(cls).splitlines()[0].replace("|", r"\|")
         found = re.search(r"(?:arXiv |Source: |\()((?:cs/)?\d{4}\.?\d{3,5})", inspect.getdoc(cls))
         fields = [f"`{f.name}`" for f in dataclasses.fields(cls)]

@@ -208,6 +208,7 @@ def test_gradient_checkpointing(tokens: Tensor, stats: HeadStats) -> None:
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 @every_head
 def test_is_one_graph(spec: Any, stats: HeadStats, tokens: Tensor) -> None:
+    torch._dynamo.reset()
     embedding = sh.patch(tied(), head=spec, stats=stats).get_input_embeddings()
     compiled = torch.compile(embedding, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(tokens), embedding(tokens))
@@ -372,3 +373,18 @@ def test_describes_both_ends(stats: HeadStats) -> None:
     assert "head_rows" in text
     assert "reads its rows from the head" in text
     assert "a copy of its own" not in text
+
+
+@pytest.mark.parametrize("rows", [100, 70])
+def test_unpatch_after_a_resize(rows: int, tokens: Tensor) -> None:
+    model = tied("gemma2")
+    wanted = model(tokens % 70).logits
+    sh.patch(model, head=sh.heads.Dense())
+    model.resize_token_embeddings(rows)
+    sh.unpatch(model)
+    embedding = model.get_input_embeddings()
+    assert model.get_output_embeddings().weight is embedding.weight
+    assert len(embedding.weight) == rows == embedding.num_embeddings == model.config.vocab_size
+    kept = min(rows, VOCAB)
+    torch.testing.assert_close(model(tokens % 70).logits[..., :kept], wanted[..., :kept])
+    assert model.generate(tokens % 70, max_new_tokens=2).shape == (2, 14)

@@ -10,7 +10,7 @@ from hf_softheads.registry import kinds, variants
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    from hf_softheads import attention, classifiers, heads, losses  # noqa: F401 - the kinds
+    from hf_softheads import attention, classifiers, embeddings, heads, losses  # noqa: F401 - the kinds
 
     parser.add_argument("kind", nargs="?", choices=kinds())
 

@@ -20,7 +20,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
     models.add_model(parser)
     for slot in sites.slots():
-        parser.add_argument(f"--{slot}", metavar="VARIANT", help=f"see: softheads list {slot}")
+        kind = next(site.kind for site in sites.SITES if site.slot == slot)
+        told = f"see: softheads list {kind}; no: not even by default"
+        parser.add_argument(f"--{slot}", metavar="VARIANT", help=told)
     for site in sites.SITES:
         for option in site.options:
             told = f"those that get the --{site.slot} variant, with commas; --{option}=-2,-1 counts from the end"
@@ -78,8 +80,8 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
     plan: dict[str, Any] = {}
     for slot in sites.slots():
         if name := getattr(arguments, slot):
-            plan[slot] = {"name": name}
-    if not plan:
+            plan[slot] = False if name == "no" else {"name": name}
+    if not any(plan.values()):
         wanted = " or ".join(f"--{slot} VARIANT" for slot in sites.slots())
         raise ValueError(f"nothing to do: give {wanted}; `softheads list` names the variants")
     for setting in arguments.set:
@@ -88,7 +90,7 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
         if not dot or slot not in sites.slots():
             wanted = " or ".join(f"{slot}.FIELD=VALUE" for slot in sites.slots())
             raise ValueError(f"--set takes {wanted}, got {setting!r}")
-        if slot not in plan:
+        if not plan.get(slot):
             raise ValueError(f"--set {setting} sets a field of {slot}, but there is no --{slot}")
         plan[slot][field] = value
     for option in sites.options():
