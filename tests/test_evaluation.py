@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 import hf_softheads as sh
+from hf_softheads.bridge import SplitModel
 from hf_softheads.heads.stats import HeadStats
 from hf_softheads.measure.calibration import _Reservoir
 from hf_softheads.measure.divergence import from_dense
@@ -184,7 +185,7 @@ def test_other_wrong_inputs(model, tmp_path):
 def test_statistics(model):
     rows = torch.randint(3, VOCAB, (7, 16), generator=torch.Generator().manual_seed(0))
     stats = sh.collect(model, rows, batch_size=2, states=1000)
-    reader = sh.bridge.SplitModel(model)
+    reader = SplitModel(model)
     with torch.no_grad():
         hidden = reader.hidden(input_ids=rows)[:, :-1].flatten(0, 1).double()
         p = model(rows).logits[:, :-1].flatten(0, 1).double().softmax(-1)

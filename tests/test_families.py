@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_softheads as sh
+from hf_softheads.bridge import SplitModel
 from hf_softheads.heads.base import LogitTransform
 
 from .conftest import VOCAB, make_model
@@ -36,7 +37,7 @@ def test_control_changes_nothing(family, tokens):
 def test_head_gives_the_model_s_distribution(family, tokens):
     """`log_prob` of the head, soft caps and scales included, is that of `model(...).logits`."""
     model = sh.patch(make_model(family), head=sh.heads.VQ(codes=24))
-    reader = sh.bridge.SplitModel(model)
+    reader = SplitModel(model)
     hidden = reader.hidden(input_ids=tokens)[:, :-1]
     with torch.no_grad():
         wanted = model(tokens).logits[:, :-1].float().log_softmax(-1)

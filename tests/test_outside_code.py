@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 import hf_softheads as sh
+from hf_softheads.plan import plan_of
 
 from .conftest import VOCAB, make_model
 
@@ -110,7 +111,7 @@ def test_a_head_that_computes_more_than_a_product_is_refused(
             sh.patch(model, head=sh.heads.Dense(), attention=module)
     assert model.lm_head is head
     assert head.training == training
-    assert sh.plan.plan_of(model) is None
+    assert plan_of(model) is None
     assert all(torch.equal(state[name], p) for name, p in model.named_parameters())
     if not training:
         torch.testing.assert_close(model(tokens).logits, wanted)

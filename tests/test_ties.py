@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import hf_softheads as sh
+from hf_softheads import bridge
 
 from .conftest import VOCAB, make_model
 from .encoder_decoders import SEQ2SEQ, make_seq2seq, pairs
@@ -107,7 +108,7 @@ def test_what_was_tied_through_the_head_stays_one() -> None:
         make_model("llama", tie_word_embeddings=True), head=sh.heads.Dense(), tie=False
     )
     ties = {"a.weight": "lm_head.weight", "b.weight": "lm_head.weight", "c.bias": "d.bias"}
-    assert sh.bridge.without_heads(model, ties) == {"b.weight": "a.weight", "c.bias": "d.bias"}
+    assert bridge.without_heads(model, ties) == {"b.weight": "a.weight", "c.bias": "d.bias"}
 
 
 def test_a_masked_model_s_bias(tokens: Tensor, tmp_path: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_softheads as sh
+from hf_softheads import bridge
 from hf_softheads.attention.base import AttentionSpec
 from hf_softheads.text.stdlib_corpus import stdlib_documents
 from hf_softheads.text.windows import windows
@@ -302,7 +303,7 @@ def test_unknown_geometry_is_refused() -> None:
     model = make_model("llama")
     silent = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=32))
     with pytest.raises(ValueError, match="number of heads"):
-        sh.bridge.geometry(model, 0, SimpleNamespace(config=silent))
+        bridge.geometry(model, 0, SimpleNamespace(config=silent))
 
 
 HARMLESS = [
