@@ -9,7 +9,7 @@ from typing import Any
 
 from sources import ROOT
 
-VARIANTS = ("attention", "classifiers", "heads", "losses")
+VARIANTS = ("attention", "classifiers", "embeddings", "heads", "losses")
 PACKAGES = ("hf_softheads", *(f"hf_softheads.{name}" for name in VARIANTS))
 
 

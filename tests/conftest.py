@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_softheads import attention, classifiers, heads, losses  # noqa: F401 - every variant
+from hf_softheads import attention, classifiers, embeddings, heads, losses  # noqa: F401 - variants
 
 VOCAB = 96
 SIZES = {

@@ -572,7 +572,7 @@ def test_a_damaged_format_version(version, tmp_path):
     [
         (
             None,
-            "this model's plan names none of head, attention; its config.json is damaged",
+            "this model's plan names none of head, attention, tie; its config.json is damaged",
         ),
         ({"name": "vqq"}, "unknown head variant 'vqq'; did you mean 'vq'"),
         ({"name": "vq", "codes": "24"}, "vq.codes must be int, got '24'"),

@@ -39,8 +39,11 @@ for command in ("--version", "--help", "list"):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         main([command])
     stages[command] = list(sys.modules)
+from hf_softheads.registry import kinds
+stages["listed"] = kinds()
 public = [getattr(sh, name) for name in sh.__all__]
 stages["public"] = list(sys.modules)
+stages["kinds"] = kinds()
 print(json.dumps(stages))
 
 import importlib
@@ -94,6 +97,7 @@ def test_imports_nothing_before_it_is_needed_and_loads_what_was_saved(tmp_path):
     assert {"torch", "transformers", "rich"} & stages["--help"] == set()
     assert "hf_softheads.heads.vq" in stages["list"]
     assert "transformers" not in stages["list"]
+    assert stages["listed"] == stages["kinds"]
     assert "hf_softheads.patching" in stages["public"]
     assert ABSENT & stages["public"] == set()
     assert loaded == ["SSMax True"] * 3 + ["True"]

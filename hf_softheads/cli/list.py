@@ -10,7 +10,8 @@ from hf_softheads.registry import kinds, variants
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    from hf_softheads import attention, classifiers, embeddings, heads, losses  # noqa: F401 - the kinds
+    # every kind of variant; `sites` knows them all, but needs transformers
+    from hf_softheads import attention, classifiers, embeddings, heads, losses  # noqa: F401
 
     parser.add_argument("kind", nargs="?", choices=kinds())
 

@@ -1,0 +1,2 @@
+# Written by `make docs`.
+from hf_softheads.embeddings.head_rows import HeadRows as HeadRows
