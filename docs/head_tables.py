@@ -216,14 +216,13 @@ def fit_table() -> str:
 
 
 def head_variants_table() -> str:
-    """Every head variant and every classifier, from the docstring and the fields of its class."""
+    """Every variant of a head, a classifier or an embedding, from the docstring and the fields of its class."""
     table = Table(["name", "what it computes", "source", "fields", "lossless setting"])
     for name, cls in (variants("head") | variants("classifier") | variants("embedding")).items():
         formula = inspect.getdoc(cls).splitlines()[0].replace("|", r"\|")
         found = re.search(r"(?:arXiv |Source: |\()((?:cs/)?\d{4}\.?\d{3,5})", inspect.getdoc(cls))
         fields = [f"`{f.name}`" for f in dataclasses.fields(cls)]
-        starts_exact = cls.kind == "classifier"
-        exact = starts_exact or cls.lossless(64, 512) is not None
+        exact = cls.kind != "head" or cls.lossless(64, 512) is not None
         source = "–" if found is None else f"[{found[1]}](https://arxiv.org/abs/{found[1]})"
         table.add(f"`{name}`", formula, source, ", ".join(fields) or "–", "yes" if exact else "–")
     return table.markdown()
