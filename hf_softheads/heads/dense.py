@@ -14,7 +14,7 @@ from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.forms.matrix_numbers import Walk, of_matrix
 from hf_softheads.heads.forms.streamed_rows import products
 from hf_softheads.heads.forms.token_rows import RowKind
-from hf_softheads.kernels import select
+from hf_softheads.kernels import why_not
 from hf_softheads.kernels.dense import dense_score
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class DenseHead(Head):
 
     def score(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         if not self._gathers(hidden):
-            flat = dense_score(self.weight, hidden.flatten(0, -2), tokens.flatten(0, -2))
-            found = flat.view(tokens.shape)
+            flat: Tensor = dense_score(self.weight, hidden.flatten(0, -2), tokens.flatten(0, -2))
+            found: Tensor = flat.view(tokens.shape)
             return found if self.bias is None else found + self.bias[tokens]
         scores = products(lambda where: self.weight.index_select(0, where), hidden, tokens)
         return scores if self.bias is None else scores + self.bias[tokens]
@@ -71,13 +71,12 @@ class DenseHead(Head):
         """Does torch copy the candidates' rows, instead of the kernel reading them where they lie?"""
         return (
             self.kernels == "off"
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
+            or (self.training and torch.is_grad_enabled())
             or hidden.ndim < 2
             or self.weight.dtype != torch.bfloat16
             or self.weight.device.type != "cpu"
             or not self.weight.is_contiguous()
-            or select("dense").reason is not None
+            or why_not("dense") is not None
         )
 
     def subset(self, hidden: Tensor, tokens: Tensor) -> Tensor:

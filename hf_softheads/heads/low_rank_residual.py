@@ -97,5 +97,10 @@ class LowRankResidualHead(QuantizedHead):
         shared = F.linear(F.linear(hidden, self.down), self.up)
         return super().compiled(hidden).add_(shared)
 
+    def unpacked_product(self, x: Tensor, start: int, stop: int) -> Tensor:
+        states, shared = x.split([self.in_features, len(self.down)], -1)
+        codes = super().unpacked_product(states, start, stop)
+        return codes + F.linear(shared, self.up[start:stop].to(x.dtype))
+
     def rows(self, which: slice | Tensor) -> Tensor:
         return torch.cat([super().rows(which), self.up[which]], -1)

@@ -19,9 +19,10 @@ from hf_softheads.heads.fit.hessian import local_moments, metric_root, weighted_
 from hf_softheads.heads.fit.kmeans import kmeans, nearest, require_finite
 from hf_softheads.heads.forms.kernel_rows import KernelRowsHead
 from hf_softheads.heads.forms.trainable_codes import Additive
-from hf_softheads.kernels import select
+from hf_softheads.kernels import why_not
 from hf_softheads.kernels.dense import dense_score
 from hf_softheads.kernels.product_vq import make_tiles, product_vq_scores
+from hf_softheads.kernels.rows import product_vq_rows
 from hf_softheads.registry import Bounds, Count, CountOrZero
 
 if TYPE_CHECKING:
@@ -269,17 +270,20 @@ class ProductVQHead(KernelRowsHead):
             self.out_features,
         )
 
+    def unpacked_product(self, x: Tensor, start: int, stop: int) -> Tensor:
+        books = self._derived(
+            str(x.dtype), lambda: self.weight.detach().to(x.dtype).contiguous(), self.weight
+        )
+        rows = torch.empty(stop - start, self.in_features, dtype=x.dtype)
+        return F.linear(x, product_vq_rows(self.packed(), PARTS[self.bits], books, start, rows))
+
     def _turned(self, hidden: Tensor) -> Tensor:
         """`R h` in fp32: for one state torch's bf16 product reads a matrix at half the speed of our own."""
         basis = self.basis
-        if (
-            basis is None
-            or basis.dtype != torch.bfloat16
-            or len(hidden) > 1
-            or select("dense").reason
-        ):
+        if basis is None or basis.dtype != torch.bfloat16 or len(hidden) > 1 or why_not("dense"):
             return self.prepare(hidden).float()
-        return dense_score(basis, hidden, torch.arange(len(basis)).unsqueeze(0))
+        turned: Tensor = dense_score(basis, hidden, torch.arange(len(basis)).unsqueeze(0))
+        return turned
 
     def rows(self, which: slice | Tensor) -> Tensor:
         groups, codes, width = self.weight.shape

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_softheads.bitpack import PARTS, index_dtype, pack_bits, unpack_bits
@@ -18,6 +19,7 @@ from hf_softheads.heads.fit.kmeans import Rows, require_finite
 from hf_softheads.heads.forms.kernel_rows import KernelRowsHead
 from hf_softheads.kernels.onednn import int8_packed, int8_scores, why_no_int8
 from hf_softheads.kernels.quantized import quantized_scores
+from hf_softheads.kernels.rows import quantized_rows
 from hf_softheads.registry import Count, CountOrZero
 
 if TYPE_CHECKING:
@@ -247,8 +249,11 @@ class QuantizedHead(KernelRowsHead):
             return "oneDNN int8"
         return "oneDNN int8" if self.kernels == "auto" and self.why_no_kernel() else None
 
+    def _scale(self) -> Tensor:
+        return self._derived("scale", lambda: self.weight.detach().float(), self.weight)
+
     def compiled(self, hidden: Tensor) -> Tensor:
-        scale = self._derived("scale", lambda: self.weight.detach().float().flatten(), self.weight)
+        scale = self._scale()
         if self.bytes is None:
             return self._products(hidden, self.packed(), self.bits, scale)
         first = self._products(hidden, [self.bytes], 8, scale[: self.frequent])
@@ -256,6 +261,17 @@ class QuantizedHead(KernelRowsHead):
         places = self.row_of_token()
         assert places is not None
         return torch.cat([first, rest], 1).index_select(1, places)
+
+    def unpacked_product(self, x: Tensor, start: int, stop: int) -> Tensor:
+        rows = torch.empty(stop - start, self.in_features, dtype=x.dtype)
+        cut = min(max(self.frequent, start), stop) - start
+        scale, widths = self._scale(), PARTS[self.bits]
+        if self.bytes is not None and cut:
+            quantized_rows([self.bytes], (8,), scale, start, rows[:cut])
+        if cut < len(rows):
+            first = start + cut - self.frequent
+            quantized_rows(self.packed(), widths, scale[self.frequent :], first, rows[cut:])
+        return F.linear(x, rows)
 
     def _products(self, hidden: Tensor, packed: list[Tensor], bits: int, scale: Tensor) -> Tensor:
         if not self.torch_operator():
@@ -268,12 +284,7 @@ class QuantizedHead(KernelRowsHead):
             return int8_packed(rows, len(scale), bits)
 
         name = "int8" if packed[0] is not self.bytes else "int8 of the frequent"
-        return int8_scores(hidden, self._derived(name, in_bytes, *packed), scale)
-
-    def why_no_kernel(self) -> str | None:
-        if self.group != self.in_features:
-            return "only for one scale per row"
-        return super().why_no_kernel()
+        return int8_scores(hidden, self._derived(name, in_bytes, *packed), scale.flatten())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, group={self.group}"

@@ -15,7 +15,7 @@ from hf_softheads.heads.base import Head, HeadSpec, LogitTransform
 from hf_softheads.heads.dense import Dense
 from hf_softheads.heads.fit.blockwise import over_states, scores_of
 from hf_softheads.heads.forms.token_numbers import of_logits
-from hf_softheads.kernels import select
+from hf_softheads.kernels import why_not
 from hf_softheads.kernels.screened import largest, logsumexp
 from hf_softheads.registry import Count
 
@@ -181,9 +181,8 @@ class ScreenedHead(Head):
         return most, tokens.gather(-1, place), total
 
     def _largest(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        if self._compiled(scores):
-            return largest(scores, count)
-        values, tokens = scores.topk(count, -1)
+        best = largest if self._compiled(scores) else torch.topk
+        values, tokens = best(scores, count)
         return values, tokens
 
     def _logsumexp(self, scores: Tensor) -> Tensor:
@@ -193,18 +192,17 @@ class ScreenedHead(Head):
         """Does the kernel go over these scores, instead of torch?"""
         return (
             self.kernels != "off"
-            and not torch.compiler.is_compiling()
             and not scores.requires_grad
             and scores.device.type == "cpu"
             and scores.ndim == 2
-            and select("screened").reason is None
+            and why_not("screened") is None
         )
 
     def code_table(self) -> tuple[Tensor, int] | None:
         return self.inner.code_table() or self.screen.code_table()
 
     def why_no_kernel(self) -> str | None:
-        return self.screen.why_no_kernel() or select("screened").reason
+        return self.screen.why_no_kernel() or why_not("screened")
 
     @property
     def backend(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from hf_softheads.heads.fit.hessian import local_moments, metric_root, weighted_
 from hf_softheads.heads.fit.kmeans import require_finite
 from hf_softheads.heads.forms.bit_planes import planes_of, read_codes
 from hf_softheads.heads.forms.kernel_rows import KernelRowsHead
+from hf_softheads.kernels import in_large_pages
 from hf_softheads.kernels.quantized import quantized_scores
+from hf_softheads.kernels.rows import Pieces, in_order, transform_coded_rows
 from hf_softheads.kernels.transform_coded import Plane, Tiles, make_tiles, transform_coded_scores
 from hf_softheads.registry import Bounds, Count, Positive
 
@@ -31,6 +34,9 @@ _STRETCH = (0.75, 0.85, 0.93, 1.0, 1.08, 1.18, 1.3, 1.5)  # of the step, tried o
 _BLOCK = 4096
 _ROWS = 2048  # rounded at once
 _COLUMNS = 64  # packed at once
+_GAP = (
+    32  # numbers between columns: powers of two apart, they would meet in the same lines of a cache
+)
 
 
 @dataclass(frozen=True)
@@ -253,7 +259,7 @@ class TransformCodedHead(KernelRowsHead):
 
         places = self.row_of_token()
         assert places is not None
-        x = quantized_scores(hidden, [self.basis], (4,), self.weight.float(), middle=8)
+        x = quantized_scores(hidden, [self.basis], (4,), self.weight.float()[:, None], middle=8)
         return transform_coded_scores(
             x,
             self._derived("tiles", tiles, self.codes, self.bits),
@@ -264,10 +270,52 @@ class TransformCodedHead(KernelRowsHead):
             hidden.float() @ self.center.float(),
         )
 
+    def _unpacked(self, spans: Tensor, x: Tensor) -> Tensor:
+        """The rows of some spans, see `transform_coded_rows`, as columns `(K, n)` for a product with states x."""
+
+        def pieces() -> Pieces:
+            return Pieces.of(self.ranges, self.planes(), self.gain(), len(self.weight))
+
+        count = int(spans[:, 2].sum())
+        return transform_coded_rows(
+            self.codes,
+            self._derived("pieces", pieces, self.bits, self.tier_gain),
+            self.scale.detach().float(),
+            self.offset.detach().float(),
+            spans,
+            x.new_empty(len(self.weight), count + _GAP)[:, :count],
+        )
+
+    def unpacked_product(self, x: Tensor, start: int, stop: int) -> Tensor:
+        tier = self._tier(start)
+        spans = torch.tensor([[tier, start - self.ranges[tier][0], stop - start, start]])
+        return x[..., :-1] @ self._unpacked(spans, x) + x[..., -1:]
+
+    def by_blocks(self, x: Tensor) -> Tensor:
+        # Blocks of tokens: in a tier those of a block are rows that follow one another.
+        places, order, vocab = self.row_of_token(), self.token_of_row(), self.out_features
+        assert places is not None
+        out = in_large_pages(len(x), vocab, dtype=torch.float32)
+        states, shift = x[:, :-1].contiguous(), x[:, -1].float().contiguous()
+        starts = [*range(0, vocab, _BLOCK), vocab]
+        limits, tiers = torch.tensor(starts), (self.tier_gain & 15).int()
+        rows = torch.stack([torch.searchsorted(order[a:b], limits) + a for a, b in self.ranges])
+        first = torch.tensor(self.ranges)[:, 0]
+        for block, (start, stop) in enumerate(itertools.pairwise(starts)):
+            begin, count = rows[:, block], rows[:, block + 1] - rows[:, block]
+            spans = torch.stack([torch.arange(len(rows)), begin - first, count, begin], 1)
+            ahead = (begin - count.cumsum(0) + count).int()  # of a row's number, to its column's
+            place = places[start:stop] - ahead[tiers[start:stop]]
+            in_order(states @ self._unpacked(spans, x), place, shift, out[:, start:stop])
+        return out
+
+    def _tier(self, row: int) -> int:
+        return next(t for t, (_, stop) in enumerate(self.ranges) if row < stop)
+
     def rows(self, which: slice | Tensor) -> Tensor:
         tier: int | Tensor
         if isinstance(which, slice):  # `blocks` never crosses a tier
-            tier = next(t for t, ends in enumerate(self.ranges) if which.start < ends[1])
+            tier = self._tier(which.start)
         else:
             last = torch.tensor([stop for _, stop in self.ranges[:-1]], device=which.device)
             tier = torch.bucketize(which, last, right=True)

@@ -11,19 +11,25 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import mmap
 import os
 import platform
 import shutil
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_softheads.compiling import constant
+
 _FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-pthread", "-fopenmp")
+_LARGE = 2**22  # bytes
+STATES = 64  # hidden states that a kernel takes at once: what it makes of more would not stay in the caches
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "native": ("-march=native",),
     "vnni": ("-march=cascadelake",),
@@ -93,14 +99,37 @@ def _build(source: Path, flags: list[str], target: Path) -> None:
         os.environ["PATH"] = path
 
 
-def in_large_pages(codes: Tensor) -> Tensor:
-    """`codes`, uint8, contiguous, in pages of 2 MiB where Linux grants them: fewer of its lookups of addresses miss."""
-    if not hasattr(mmap, "MADV_HUGEPAGE") or not codes.numel():
-        return codes.contiguous()
-    pages = mmap.mmap(-1, codes.numel(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def in_large_pages(*shape: int, dtype: torch.dtype) -> Tensor:
+    """`torch.empty(shape)` in pages of 2 MiB where Linux grants them: they are there sooner, their addresses known."""
+    size = math.prod(shape) * dtype.itemsize
+    if not hasattr(mmap, "MADV_HUGEPAGE") or size < _LARGE:
+        return torch.empty(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a system built without them
         pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8).view(codes.shape).copy_(codes)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+Argument = Tensor | int | float | Sequence["Argument"]
+
+
+def call(function: Any, *arguments: Argument) -> None:
+    """A function of a kernel: tensors become pointers, integers `int64_t`, numbers `float`, sequences arrays of these.
+
+    The number of threads is added as its last argument.
+    """
+    function(*map(_as_c, arguments), ctypes.c_int64(torch.get_num_threads()))
+
+
+def _as_c(argument: Argument) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    items = [_as_c(item) for item in argument]
+    return (type(items[0]) * len(items))(*items)
 
 
 class Kernel(NamedTuple):
@@ -131,6 +160,19 @@ def select(name: str) -> Kernel:
         return Kernel(load(name), None)
     except KernelUnavailable as error:
         return Kernel(None, str(error))
+
+
+@constant
+def instructions(name: str) -> str:
+    """The instruction set of the kernel that `select` finds, `none` without one. A constant for torch.compile."""
+    kernel = select(name)
+    return "none" if kernel.library is None else kernel.instructions
+
+
+@constant
+def why_not(name: str) -> str | None:
+    """The reason why `select` finds no kernel; None if it does. A constant for torch.compile."""
+    return select(name).reason
 
 
 def _processor() -> str:

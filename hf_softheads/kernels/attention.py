@@ -32,7 +32,7 @@ class _Call(ctypes.Structure):  # mirrors `struct Call` in attention_blocks.hpp
     ]
 
 
-@torch.library.custom_op("hf_softheads::attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("softheads::attention", mutates_args=(), device_types="cpu")
 def attention(
     query: Tensor,
     key: Tensor,
@@ -77,7 +77,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[3], dtype=torch.float32)
 
 
-@torch.library.custom_op("hf_softheads::attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("softheads::attention_backward", mutates_args=(), device_types="cpu")
 def attention_backward(
     grad: Tensor,
     query: Tensor,

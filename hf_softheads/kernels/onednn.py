@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_softheads.kernels import STATES, constant, in_large_pages
+
 _ROWS = 2**15  # multiplied at once: the products of both halves stay in the cache
 
 
@@ -34,18 +36,22 @@ def int8_scores(hidden: Tensor, packed: list[Tensor], scale: Tensor) -> Tensor:
     Args:
         hidden: `(B, D)` on the CPU; packed: what `int8_packed` made of q; scale: `(V,)` fp32.
     """
-    states = hidden.float()
+    scores = in_large_pages(len(hidden), len(scale), dtype=torch.float32)
+    for states, out in zip(hidden.split(STATES), scores.split(STATES), strict=True):
+        _score(states.float(), packed, scale, out)
+    return scores
+
+
+def _score(states: Tensor, packed: list[Tensor], scale: Tensor, scores: Tensor) -> None:
     step = states.abs().amax(1, keepdim=True).clamp_min(1e-30) / 16256
     rounded = (states / step).round_().int()
     high = (rounded + 64) >> 7
     halves = torch.cat([high, rounded - 128 * high]).add_(128).to(torch.uint8)  # from 1 to 255
     half = rounded.sum(1) / 2  # 127.5 = 128 - 1/2, and so on
-    scores = torch.empty(len(states), len(scale))
     parts = zip(packed, scale.split(_ROWS), scores.split(_ROWS, 1), strict=True)
     for rows, sizes, out in parts:
         upper, lower = _product(halves, rows, sizes).chunk(2)
         torch.mul(lower.add_(upper, alpha=128).addr_(half, sizes), step, out=out)
-    return scores
 
 
 def _product(states: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
@@ -56,9 +62,14 @@ def _product(states: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     return found
 
 
-@functools.cache
+@constant
 def why_no_int8() -> str | None:
-    """Why `int8_scores` cannot be used here, or is not exact or not fast; None if it can."""
+    """Why `int8_scores` cannot be used here, or is not exact or not fast; none if it can."""
+    return _why_no_int8()
+
+
+@functools.cache
+def _why_no_int8() -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "this torch was built without oneDNN"
     # Without these instructions sums of two products overflow 16 bits.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from hf_softheads.bitpack import pack
-from hf_softheads.kernels import in_large_pages, load
+from hf_softheads.kernels import STATES, call, in_large_pages, load
 
 _TILE = 512  # tokens, as in product_vq.cpp
 
@@ -18,7 +16,8 @@ def make_tiles(codes: Tensor, n_codes: int) -> Tensor:
     if n_codes <= 16:
         codes = pack(codes, 4)
     filled = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % _TILE))
-    return in_large_pages(filled.view(-1, _TILE, codes.shape[1]).transpose(1, 2))
+    tiles = filled.view(-1, _TILE, codes.shape[1]).transpose(1, 2)
+    return in_large_pages(*tiles.shape, dtype=torch.uint8).copy_(tiles)
 
 
 def product_vq_scores(
@@ -32,17 +31,8 @@ def product_vq_scores(
     """
     x = x.contiguous()
     groups, width, codes = books.shape
-    out = torch.empty(len(x), vocab)
-    load("product_vq", instructions).product_vq_scores(
-        ctypes.c_void_p(tiles.data_ptr()),
-        ctypes.c_int64(vocab),
-        ctypes.c_void_p(books.data_ptr()),
-        ctypes.c_int64(groups),
-        ctypes.c_int64(codes),
-        ctypes.c_int64(width),
-        ctypes.c_void_p(x.data_ptr()),
-        ctypes.c_int64(len(x)),
-        ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_int64(torch.get_num_threads()),
-    )
+    out = in_large_pages(len(x), vocab, dtype=torch.float32)
+    function = load("product_vq", instructions).product_vq_scores
+    for some, scores in zip(x.split(STATES), out.split(STATES), strict=True):
+        call(function, tiles, vocab, books, groups, codes, width, some, len(some), scores)
     return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_softheads.bitpack import pack, unpack
-from hf_softheads.kernels import in_large_pages, load
+from hf_softheads.kernels import STATES, call, in_large_pages, load
 
 _TILE = 64  # rows, as in tiles.hpp
 _ROWS = 8192  # brought into order at once
@@ -51,8 +50,9 @@ def make_tiles(
             if cut:
                 parts.append(torch.cat(cut, 1).flatten())
                 size += parts[-1].numel()
+    codes = in_large_pages(size, dtype=torch.uint8)
     return Tiles(
-        in_large_pages(torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8)),
+        torch.cat(parts, out=codes) if parts else codes,
         torch.tensor(spans),
         torch.tensor(kinds).view(-1, 4),
         torch.cat(columns) if columns else torch.zeros(0, dtype=torch.int32),
@@ -88,28 +88,12 @@ def transform_coded_scores(
     """
     fp32 = [t.contiguous() for t in (x, scale, offset, gain, base)]
     x, scale, offset, gain, base = fp32
-    out = torch.empty(len(x), len(gain))
-
-    def at(tensor: Tensor) -> ctypes.c_void_p:
-        return ctypes.c_void_p(tensor.data_ptr())
-
-    load("transform_coded", instructions).transform_coded_scores(
-        at(tiles.codes),
-        at(tiles.tiers),
-        ctypes.c_int64(len(tiles.tiers)),
-        at(tiles.planes),
-        ctypes.c_int64(len(tiles.planes)),
-        at(tiles.columns),
-        at(x),
-        ctypes.c_int64(x.shape[1]),
-        ctypes.c_int64(len(x)),
-        at(scale),
-        at(offset),
-        at(gain),
-        at(places),
-        at(base),
-        ctypes.c_int64(len(gain)),
-        at(out),
-        ctypes.c_int64(torch.get_num_threads()),
-    )
+    out = in_large_pages(len(x), len(gain), dtype=torch.float32)
+    for some, of_some, scores in zip(*(t.split(STATES) for t in (x, base, out)), strict=True):
+        call(
+            load("transform_coded", instructions).transform_coded_scores,
+            *(tiles.codes, tiles.tiers, len(tiles.tiers)),
+            *(tiles.planes, len(tiles.planes), tiles.columns, some, some.shape[1], len(some)),
+            *(scale, offset, gain, places, of_some, len(gain), scores),
+        )
     return out

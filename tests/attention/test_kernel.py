@@ -15,14 +15,16 @@ from hf_softheads.attention.base import AttentionSpec, run
 from hf_softheads.attention.call import Geometry, Inputs
 from hf_softheads.attention.engines import cpp, query_blocks, sdpa
 from hf_softheads.attention.mixed import Mixed
-from hf_softheads.kernels import KernelUnavailable
+from hf_softheads.kernels import KernelUnavailable, why_not
 from hf_softheads.kernels import attention as kernel
 from hf_softheads.registry import variants
 from tests.attention.samples import SPECS, Sample, label, left_padded, sample
 
 WITH_KERNEL = [s for s in SPECS if s.row_map() is not None and not isinstance(s, Mixed)]
 
-needs_compiler = pytest.mark.skipif(cpp.unavailable() is not None, reason=str(cpp.unavailable()))
+needs_compiler = pytest.mark.skipif(
+    why_not("attention") is not None, reason=str(why_not("attention"))
+)
 every_row_map = pytest.mark.parametrize("spec", WITH_KERNEL, ids=label)
 
 
@@ -197,7 +199,7 @@ def test_without_a_compiler_the_torch_path_runs_and_says_so(
     spec = variants("attention")["softpick"]()
     given = sample(spec, queries=30)
     want = given.to(torch.float64)()
-    monkeypatch.setattr(cpp, "unavailable", lambda: "no C++ compiler (c++)")
+    monkeypatch.setattr(cpp, "why_not", lambda _: "no C++ compiler (c++)")
     close("out", given(), want, 1e-5)
     geometry = Geometry(heads=2, kv_heads=1, head_dim=16, hidden_size=32)
     (choice,) = spec.module(geometry).engines(torch.zeros(()))

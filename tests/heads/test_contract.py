@@ -85,9 +85,16 @@ def test_more_budget_less_error(name: str, toy: Toy) -> None:
 def test_methods_agree_with_forward(
     middle: HeadSpec, toy: Toy, transform: str, shape: tuple[int, ...]
 ) -> None:
-    head = fitted(middle, toy, TRANSFORMS[transform])
+    head = fitted(middle, toy, TRANSFORMS[transform]).eval()
     count = torch.Size(shape).numel()
     hidden, labels = toy.hidden[:count].view(*shape, 16), toy.labels[:count].view(shape)
+    _check_methods(head, hidden, labels, transform)
+    head.use_kernels("off")
+    _check_methods(head, hidden, labels, transform)
+
+
+def _check_methods(head: Head, hidden: Tensor, labels: Tensor, transform: str) -> None:
+    shape = labels.shape
     logits = TRANSFORMS[transform](head(hidden).float())
     expected = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(head.log_prob(hidden, labels), expected, rtol=1e-4, atol=2e-5)

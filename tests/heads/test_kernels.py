@@ -9,12 +9,14 @@ from hf_softheads import kernels
 from hf_softheads.bitpack import PARTS, pack_bits
 from hf_softheads.heads import LowRankResidual, ProductVQ, Quantized, TransformCoded
 from hf_softheads.heads.base import HeadSpec
+from hf_softheads.heads.forms import kernel_rows
 from hf_softheads.kernels import (
     INSTRUCTIONS,
     KernelUnavailable,
     dense,
     product_vq,
     quantized,
+    rows,
     screened,
     select,
     transform_coded,
@@ -39,18 +41,22 @@ def skip_without(instructions: str) -> None:
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("bits", PARTS)
 @pytest.mark.parametrize(
-    ("vocab", "dim", "batch"),
-    [(301, 192, 1), (7, 200, 6), (130, 67, 9), (1, 1, 1), (130, 300, 2), (9, 77, 17)],
+    ("vocab", "dim", "group", "batch"),
+    [
+        *[(301, 192, 192, 1), (301, 192, 64, 1), (130, 1152, 128, 2), (7, 200, 200, 6)],
+        *[(130, 67, 67, 9), (1, 1, 1, 1), (130, 300, 300, 2), (9, 77, 11, 17), (65, 96, 16, 3)],
+        *[(70, 1100, 1100, 1), (70, 160, 32, 2)],
+    ],
 )
 def test_kernel_is_better_than_bf16(
-    instructions: str, bits: int, vocab: int, dim: int, batch: int
+    instructions: str, bits: int, vocab: int, dim: int, group: int, batch: int
 ) -> None:
     skip_without(instructions)
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(2**bits, (vocab, dim), generator=generator).to(torch.uint8)
-    scale = torch.rand(vocab, generator=generator) + 0.1
+    scale = torch.rand(vocab, dim // group, generator=generator) + 0.1
     hidden = torch.randn(batch, dim, generator=generator) * torch.logspace(-3, 3, batch)[:, None]
-    rows = (codes.double() - (2**bits - 1) / 2) * scale.double()[:, None]
+    rows = (codes.double() - (2**bits - 1) / 2) * scale.double().repeat_interleave(group, 1)
     exact = hidden.double() @ rows.T
     found = quantized_scores(
         hidden, pack_bits(codes, bits), PARTS[bits], scale, instructions=instructions
@@ -64,16 +70,16 @@ def test_kernel_is_better_than_bf16(
 
 @needs_compiler
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_head_uses_it_for_decoding(bits: int) -> None:
+@pytest.mark.parametrize("group", [None, 16])
+def test_head_uses_it_for_decoding(bits: Any, group: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(500, 64, generator=generator)
     hidden = torch.randn(2, 3, 64, generator=generator).bfloat16()
-    spec = Quantized(bits=bits)  # type: ignore[arg-type]
+    spec = Quantized(bits=bits, group=group)
     head = spec.module(64, 500)
     spec.fit(head, weight, None, None)
     head = head.bfloat16()
-    assert head.kernel_or_reason(hidden) == "no gradients"
-    assert "fp32" in str(head.kernel_or_reason(hidden.float()))
+    assert head.kernel_or_reason(hidden) == "not in training"
     with torch.no_grad():
         head.kernels = "require"
         assert head.backend.startswith("C++")
@@ -109,13 +115,68 @@ def test_transform_coded_kernel(
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "spec", [LowRankResidual(rank=2, bits=3), Quantized(3, frequent=40)], ids=lambda s: s.name
+    "spec",
+    [LowRankResidual(2, 3, group=8), Quantized(3, frequent=40), Quantized(5, 4, frequent=40)],
+    ids=str,
 )
 def test_kernel_beside_other_rows(spec: HeadSpec, toy: Toy) -> None:
     head = fitted(spec, toy, bias=True).requires_grad_(False)
     exact = head.scores(toy.hidden[:5])
     head.use_kernels("require")
     assert (head.scores(toy.hidden[:5]) - exact).abs().max() < 2e-4 * exact.abs().max()
+
+
+UNPACKED = [
+    *[Quantized(4), Quantized(3, 8), Quantized(8, 4), Quantized(5, 2, frequent=37), Quantized(6)],
+    *[LowRankResidual(2, 2), TransformCoded(bits=4.0, tiers=3), TransformCoded(9.0, tiers=5)],
+    *[ProductVQ(8, 16), ProductVQ(4, 64), ProductVQ(16, 256), ProductVQ(2, 4, rotation="none")],
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", UNPACKED, ids=str)
+def test_unpacked_rows_are_those_of_the_definition(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, instructions: str, dtype: torch.dtype, spec: HeadSpec
+) -> None:
+    skip_without(instructions)
+    use(monkeypatch, instructions)
+    head = fitted(spec, toy)
+    width = head.prepare(toy.hidden[:1]).shape[1]
+    exact = torch.finfo(dtype).eps
+    for start, stop in head.blocks():
+        expected = head.rows(slice(start, stop)).T
+        found = head.unpacked_product(torch.eye(width, dtype=dtype), start, stop)
+        torch.testing.assert_close(found.float(), expected, rtol=2 * exact, atol=1e-6)
+    hidden = toy.hidden[:100].to(dtype)
+    scores = head.to(dtype).by_blocks(head.prepare(hidden))
+    head.use_kernels("off")
+    expected = head.float().plain_scores(hidden.float())
+    assert (scores - expected).abs().max() <= 4 * exact * expected.abs().max()
+
+
+@needs_compiler
+@pytest.mark.parametrize("states", [1, 65, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", ["AVX-512", "AVX2"])
+@pytest.mark.parametrize(
+    "spec", [Quantized(4, 8), TransformCoded(bits=6.0, tiers=3), ProductVQ(16, 256)], ids=str
+)
+def test_any_number_of_states(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, spec: HeadSpec, states: int, dtype: Any, way: str
+) -> None:
+    monkeypatch.setattr(kernel_rows, "instructions", lambda _: way)
+    head = fitted(spec, toy, bias=True).to(dtype)
+    hidden, labels = toy.hidden[:states].to(dtype), toy.labels[:states]
+    assert head.kernel_or_reason(hidden) is None
+    found, log_prob = head(hidden), head.log_prob(hidden, labels)
+    head.use_kernels("off")
+    exact = head.float().plain_scores(hidden.float())
+    share = 0.05 if spec.name == "product_vq" else 0.02  # of tables in 8 bits
+    assert (found - exact).abs().max() <= share * exact.abs().max()
+    expected = found.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    torch.testing.assert_close(log_prob, expected, rtol=1e-3, atol=0.1)
 
 
 @needs_compiler
@@ -197,15 +258,16 @@ def test_product_vq_turns_a_single_state_in_fp32(toy: Toy) -> None:
 
 @pytest.mark.parametrize("shape", [(0,), (3, 5), (2, 3_000_000)])
 @pytest.mark.parametrize("large", [True, False])
-def test_large_pages_hold_a_copy(
-    monkeypatch: pytest.MonkeyPatch, large: bool, shape: tuple[int, ...]
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_large_pages_are_memory_like_any_other(
+    monkeypatch: pytest.MonkeyPatch, large: bool, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     if not large:  # another system
         monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)
-    codes = torch.randint(256, shape, dtype=torch.uint8).movedim(0, -1)
-    copy = kernels.in_large_pages(codes)
+    numbers = torch.randint(256, shape).to(dtype)
+    copy = kernels.in_large_pages(*shape, dtype=dtype).copy_(numbers)
     assert copy.is_contiguous()
-    assert torch.equal(copy, codes)
+    assert torch.equal(copy, numbers)
 
 
 @needs_compiler
@@ -224,14 +286,19 @@ def test_dense_rows_are_multiplied_in_fp32(instructions: str, dim: int) -> None:
 
 def use(monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
     """Let every kernel run on a smaller instruction set."""
-    for module in (product_vq, quantized, transform_coded):
+    for module in (product_vq, quantized, rows, transform_coded):
         monkeypatch.setattr(module, "load", lambda name, _: kernels.load(name, instructions))
 
 
-def test_a_kernel_that_is_required_and_cannot_be_used_is_an_error() -> None:
+def test_a_kernel_that_is_required_and_cannot_be_used_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernel_rows, "why_not", lambda _: "no C++ compiler (c++)")
     head = Quantized(bits=4, group=32).module(64, 100)
     head.kernels = "require"
-    with pytest.raises(KernelUnavailable, match="only for one scale per row"):
+    with pytest.raises(
+        KernelUnavailable, match=r"quantized head cannot be used: no C\+\+ compiler"
+    ):
         head(torch.zeros(1, 64))
 
 

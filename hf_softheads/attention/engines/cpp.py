@@ -5,20 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_softheads import kernels
 from hf_softheads.attention.call import Call
-from hf_softheads.compiling import constant
+from hf_softheads.kernels import why_not
 from hf_softheads.kernels.attention import attention
 
 RANK = 10
 TITLE = "C++ kernel"
 COMPILED = True
-
-
-@constant
-def unavailable() -> str | None:
-    """Why there is no kernel on this machine, or None."""
-    return kernels.select("attention").reason
 
 
 def supports(call: Call) -> str | None:
@@ -41,8 +34,7 @@ def supports(call: Call) -> str | None:
         return "it has no gradient of slopes"
     if inputs.key.shape[2] == 0:
         return "there are no keys"
-    reason: str | None = unavailable()
-    return reason
+    return why_not("attention")
 
 
 def run(call: Call) -> Tensor:

@@ -1,29 +1,47 @@
-"""Heads whose decoding step has a C++ kernel."""
+"""Heads with a C++ kernel for their scores."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from hf_softheads.hardware import bf16_is_fast
 from hf_softheads.heads.base import Head
+from hf_softheads.heads.forms import scores_operator
+from hf_softheads.heads.forms.scores_operator import Rebuilt
 from hf_softheads.heads.forms.streamed_rows import RowsHead
-from hf_softheads.kernels import KernelUnavailable, select
+from hf_softheads.kernels import (
+    STATES,
+    KernelUnavailable,
+    in_large_pages,
+    instructions,
+    select,
+    why_not,
+)
 
-_STATES = 64  # more are faster by rebuilding the rows
+_DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
-class KernelRowsHead(RowsHead):
-    """A `RowsHead` that a kernel scores straight from its codes, for few hidden states and without gradients.
+class KernelRowsHead(Rebuilt, RowsHead):
+    """A `RowsHead` that is scored by C++ kernels outside of training.
 
-    A variant names its `kernel` (a file of `kernels/`) and implements `compiled`. fp32 hidden states keep the plain
-    path unless `kernels` is "require": a kernel is nearer to fp32 than a bf16 product is, not equal to it. Where one of
-    torch's own operators does the same (`torch_operator`), it needs no kernel.
+    A variant names its `kernel` (a file of `kernels/`) and implements `compiled`, which scores few states straight from
+    the codes, and `unpacked_product` for many. Few states are rounded to 15 bits: a kernel is nearer to fp32 than a
+    bf16 product is. In evaluation mode gradients are those of the plain definition, computed when they are asked for.
+    Where one of torch's own operators does the same (`torch_operator`), it needs no kernel.
     """
 
     kernel: str
 
     def compiled(self, hidden: Tensor) -> Tensor:
         """Scores `(B, V)` fp32 of `hidden (B, D)` in the order of the tokens, without the bias."""
+        raise NotImplementedError
+
+    def unpacked_product(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Products `(…, n)` of prepared states `x (…, K)`, fp32 or bf16, with rows start … stop - 1, one of `blocks`.
+
+        Differentiable in x alone.
+        """
         raise NotImplementedError
 
     def torch_operator(self) -> str | None:
@@ -33,7 +51,7 @@ class KernelRowsHead(RowsHead):
     def why_no_kernel(self) -> str | None:
         if self.weight.device.type not in ("cpu", "meta"):
             return "only on a CPU"
-        return select(self.kernel).reason
+        return why_not(self.kernel)
 
     def kernel_or_reason(self, hidden: Tensor) -> str | None:
         """Why neither the kernel nor `torch_operator` scores these hidden states; None if one does.
@@ -41,23 +59,15 @@ class KernelRowsHead(RowsHead):
         Raises:
             KernelUnavailable: `kernels` is "require", but this machine or this head cannot.
         """
-        if torch.compiler.is_compiling():
-            return "not inside torch.compile"
         own = self.torch_operator() is not None
         if self.kernels == "off" and not own:
             return "switched off"
-        if hidden.dtype == torch.float32 and self.kernels != "require":
-            reason: str | None = (
-                "only for bf16 and fp16 hidden states, fp32 ones are scored in fp32"
-            )
-        elif torch.is_grad_enabled() and (
-            hidden.requires_grad or any(p.requires_grad for p in self.parameters())
-        ):
-            reason = "no gradients"
+        if hidden.dtype not in _DTYPES:
+            reason: str | None = "only for fp32, bf16 and fp16 hidden states"
+        elif self.training and torch.is_grad_enabled() and self._differentiable(hidden):
+            reason = "not in training"
         elif self.latent is not None:
             reason = "not while codes are trained"
-        elif hidden.numel() > _STATES * self.in_features:
-            reason = f"more than {_STATES} hidden states at once"
         else:
             reason = None if own else self.why_no_kernel()
         if self.kernels == "require" and not own and (lacking := self.why_no_kernel()):
@@ -66,11 +76,13 @@ class KernelRowsHead(RowsHead):
             )
         return reason
 
+    def _differentiable(self, hidden: Tensor) -> bool:
+        return hidden.requires_grad or any(p.requires_grad for p in self.parameters())
+
     @property
     def backend(self) -> str:
         with torch.no_grad():
-            probe = self.weight.new_zeros(1, self.in_features, dtype=torch.bfloat16)
-            reason = self.kernel_or_reason(probe)
+            reason = self.kernel_or_reason(self.weight.new_zeros(1, self.in_features))
         if reason is not None:
             return f"torch ({reason})"
         lacking = "switched off" if self.kernels == "off" else self.why_no_kernel()
@@ -80,21 +92,68 @@ class KernelRowsHead(RowsHead):
             else f"C++, {select(self.kernel).instructions}"
         )
         way += f" instead of a kernel: {lacking}" if self.torch_operator() and lacking else ""
-        return f"{way} (few states, no gradients), else torch"
+        return f"{way} (torch in training)"
 
     def scores(self, hidden: Tensor) -> Tensor:
         if self.kernel_or_reason(hidden) is not None:
             return super().scores(hidden)
-        scores = self.compiled(hidden.reshape(-1, self.in_features))
+        scores = scores_operator.scores(self, hidden.reshape(-1, self.in_features))
+        return scores.view(*hidden.shape[:-1], self.out_features)
+
+    def operator_scores(self, hidden: Tensor) -> Tensor:
+        if self._by_codes(hidden):
+            scores = self.compiled(hidden)
+        elif (dtype := self._unpacked_dtype(hidden)) is not None:
+            scores = self.by_blocks(self.prepare(hidden).to(dtype))
+        else:
+            return RowsHead.scores(self, hidden)
         if self.bias is not None:
             places = self.row_of_token()
             scores += self.bias if places is None else self.bias.index_select(0, places)
-        return scores.view(*hidden.shape[:-1], self.out_features)
+        return scores
+
+    def plain_scores(self, hidden: Tensor) -> Tensor:
+        return RowsHead.scores(self, hidden)
+
+    def _by_codes(self, hidden: Tensor) -> bool:
+        """Are these states scored faster from the codes than from rows that are unpacked?"""
+        if hidden.numel() <= STATES * self.in_features:
+            return True
+        fast = self.torch_operator() or instructions(self.kernel) == "AVX-512"
+        return bool(fast) and self._unpacked_dtype(hidden) != torch.bfloat16
+
+    def by_blocks(self, x: Tensor) -> Tensor:
+        """Scores `(B, V)` fp32 of many prepared states, fp32 or bf16, in the order of the tokens, without the bias."""
+        out = in_large_pages(len(x), self.out_features, dtype=torch.float32)
+        for start, stop in self.blocks():
+            out[:, start:stop] = self.unpacked_product(x, start, stop)
+        places = self.row_of_token()
+        return out if places is None else out.index_select(1, places)
+
+    def _unpacked_dtype(self, x: Tensor) -> torch.dtype | None:
+        """Dtype of the rows that a kernel unpacks for states x; None where torch rebuilds them, with gradients."""
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        usable = self.kernels != "off" and self.latent is None and x.dtype in _DTYPES
+        if trained or not usable or torch.compiler.is_compiling() or x.device.type != "cpu":
+            return None
+        if why_not("rows") is not None:
+            return None
+        half = x.dtype == torch.bfloat16 and bf16_is_fast(x.device)
+        return torch.bfloat16 if half else torch.float32
+
+    def _block(self, x: Tensor, start: int, stop: int) -> Tensor:
+        dtype = self._unpacked_dtype(x)
+        if dtype is None:
+            return super()._block(x, start, stop)
+        scores = self.unpacked_product(x.to(dtype), start, stop).float()
+        return scores if self.bias is None else scores + self.bias[start:stop]
 
     # With the kernel all scores of a few states are cheaper than blocks of rows.
 
     def _owner(self, hidden: Tensor) -> type[Head]:
-        return RowsHead if self.kernel_or_reason(hidden) is not None else Head
+        if self.kernel_or_reason(hidden) is not None:
+            return RowsHead
+        return Head if self._by_codes(hidden) else RowsHead
 
     def log_prob(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return self._owner(hidden).log_prob(self, hidden, labels)
@@ -114,7 +173,7 @@ class KernelRowsHead(RowsHead):
 
     @torch.no_grad()
     def topk_log_prob(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        if self.kernel_or_reason(hidden) is not None:
+        if self._owner(hidden) is RowsHead:
             return super().topk_log_prob(hidden, k)
         z = self.logits(hidden)
         values, tokens = z.topk(k, -1)

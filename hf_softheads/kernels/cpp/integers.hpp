@@ -40,6 +40,16 @@ inline Words field(Words packed, int place) {
 template <int WIDTH>
 inline Words dot(Words sum, Words codes, Words x) { return _mm512_dpbusd_epi32(sum, codes, x); }
 inline float total(Words v) { return static_cast<float>(_mm512_reduce_add_epi32(v)); }
+inline __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline Words quarters(const uint8_t* p, int64_t stride) {  // 16 bytes each
+    Words v = _mm512_inserti32x4(_mm512_castsi128_si512(load16(p)), load16(p + stride), 1);
+    v = _mm512_inserti32x4(v, load16(p + 2 * stride), 2);
+    return _mm512_inserti32x4(v, load16(p + 3 * stride), 3);
+}
+inline Words lower32(Words a, Words b) { return _mm512_unpacklo_epi32(a, b); }
+inline Words upper32(Words a, Words b) { return _mm512_unpackhi_epi32(a, b); }
+inline Words lower64(Words a, Words b) { return _mm512_unpacklo_epi64(a, b); }
+inline Words upper64(Words a, Words b) { return _mm512_unpackhi_epi64(a, b); }
 
 #elif defined(__AVX2__)
 
@@ -69,6 +79,14 @@ inline Words dot(Words sum, Words codes, Words x) {
     const Words high = narrow(field<4>(codes, 1), x), low = narrow(field<4>(codes, 0), x);
     return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_slli_epi32(high, 4), low));
 }
+inline __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline Words quarters(const uint8_t* p, int64_t stride) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(load16(p)), load16(p + stride), 1);
+}
+inline Words lower32(Words a, Words b) { return _mm256_unpacklo_epi32(a, b); }
+inline Words upper32(Words a, Words b) { return _mm256_unpackhi_epi32(a, b); }
+inline Words lower64(Words a, Words b) { return _mm256_unpacklo_epi64(a, b); }
+inline Words upper64(Words a, Words b) { return _mm256_unpackhi_epi64(a, b); }
 inline float total(Words v) {
     __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     half = _mm_add_epi32(half, _mm_unpackhi_epi64(half, half));

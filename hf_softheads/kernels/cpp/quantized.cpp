@@ -1,181 +1,124 @@
-// Scores of a quantized head without unpacking it: y[b][v] = scale[v] * sum_j (q[v][j] - middle) * x[b][j].
+// Scores of a quantized head without unpacking it: y[b][v] = sum_j scale[v][j / group] * (q[v][j] - middle) * x[b][j].
 //
-// Rows are read once, a few at a time, for all hidden states. For many states codes that are cut into planes are
-// put together first, so that each is multiplied once.
+// Rows are read once, TILE at a time, for all hidden states: a span of their words is turned into a tile of tiles.hpp,
+// which stays in the nearest cache while the groups of columns in it meet the states.
 
-#include "integers.hpp"
+#include <optional>
+
 #include "threads.hpp"
+#include "tiles.hpp"
 
 namespace {
 
-constexpr int64_t CHUNK = LANES * 4;
-constexpr int ROWS = VECTORS, AHEAD = 8;  // rows
+constexpr int64_t SPAN = 64;  // words of a row in a tile
+
+// The codes of some columns of one group, as far as a plane has them.
+struct Part {
+    int64_t group, begin, end;    // columns
+    int64_t first, words;         // where they are in a packed row
+    std::optional<States> states;
+};
 
 struct Plane {
     const uint8_t* codes;
     int64_t width, bytes;  // of a row
-    int shift;
+    int64_t shift;
+    float middle;
+    std::vector<Part> parts;
+
+    Plane(const uint8_t* codes, int64_t width, int64_t shift, float middle, int64_t dim, int64_t group)
+        : codes(codes), width(width), bytes((dim * width + 7) / 8), shift(shift), middle(middle) {
+        const int64_t per_word = 32 / width, most = SPAN * per_word;
+        for (int64_t begin = 0, end; begin < dim; begin = end) {
+            const int64_t own = begin / group, next = (begin / most + 1) * most;
+            end = std::min({dim, (own + 1) * group, next});
+            const int64_t first = begin / per_word, last = (end - 1) / per_word;
+            parts.push_back({own, begin, end, first, last - first + 1, std::nullopt});
+        }
+    }
 };
 
-inline int64_t chunks(int64_t bytes) { return (bytes + CHUNK - 1) / CHUNK; }
-
-// Rounded states as a packed row meets them: [pair of states][chunk][place][state of the pair][CHUNK high, CHUNK low].
-struct States {
-    int64_t batch, size;  // bytes of one state
-    Lines halves;
-
-    States(const Rounded& x, int64_t width)
-        : batch(x.batch), size(chunks((x.columns * width + 7) / 8) * 8 / width * 2 * CHUNK), halves(batch * size) {
-        const int64_t places = 8 / width;
-        for (int64_t b = 0; b < batch; ++b) {
-            const int64_t first = b / 2 * 2, pair = std::min<int64_t>(2, batch - first);
-            for (int64_t j = 0; j < x.columns; ++j) {
-                const int64_t byte = j / places, place = j % places;
-                int8_t* to = at(first) + byte % CHUNK +
-                             (((byte / CHUNK) * places + place) * pair + (b - first)) * 2 * CHUNK;
-                to[0] = x.high[b * x.columns + j];
-                to[CHUNK] = x.low[b * x.columns + j];
-            }
+// Words `from[row][word]` to `to[word][row]`, `stride` bytes from row to row.
+inline void turn(const uint8_t* from, int64_t stride, int64_t rows, int64_t words, uint8_t* to) {
+    int64_t r = 0;
+#if defined(__AVX2__)
+    for (; r + LANES <= rows; r += LANES) {
+        const uint8_t* here = from + r * stride;
+        int64_t w = 0;
+        for (; w + 4 <= words; w += 4) {  // four words of every fourth row are a vector
+            Words a[4];
+            EACH(i, 4) a[i] = quarters(here + i * stride + w * 4, 4 * stride);
+            const Words p = lower32(a[0], a[1]), q = lower32(a[2], a[3]), s = upper32(a[0], a[1]), t = upper32(a[2], a[3]);
+            store(to + (w * TILE + r) * 4, lower64(p, q));
+            store(to + ((w + 1) * TILE + r) * 4, upper64(p, q));
+            store(to + ((w + 2) * TILE + r) * 4, lower64(s, t));
+            store(to + ((w + 3) * TILE + r) * 4, upper64(s, t));
         }
-    }
-    int8_t* at(int64_t first) const { return halves.data<int8_t>() + first * size; }
-};
-
-// out[s][r] = Σ codes * integers for COUNT of ROWS rows that are `stride` bytes apart and filled up to whole chunks. For
-// the first states the rows that come later are brought near, in the order in which they lie in memory.
-template <int WIDTH, int SIZE, int COUNT>
-void dots(const uint8_t* rows, int64_t stride, int64_t n, const int8_t* x, float* out, bool first) {
-    Words high[SIZE][COUNT], low[SIZE][COUNT], packed[COUNT];
-    EACH(s, SIZE) EACH(r, COUNT) high[s][r] = low[s][r] = zero();
-    for (int64_t k = 0; k < n; ++k) {
-        EACH(r, COUNT) packed[r] = load(rows + r * stride + k * CHUNK);
-        if (first) EACH(r, COUNT) __builtin_prefetch(rows + AHEAD * stride + (k * COUNT + r) * CHUNK);
-        EACH(place, 8 / WIDTH) {
-            EACH(s, SIZE) {
-                Words h = load(x + 2 * s * CHUNK), l = load(x + (2 * s + 1) * CHUNK);
-                keep(h);
-                keep(l);
-                EACH(r, COUNT) {
-                    const Words codes = field<WIDTH>(packed[r], place);
-                    high[s][r] = dot<WIDTH>(high[s][r], codes, h);
-                    low[s][r] = dot<WIDTH>(low[s][r], codes, l);
-                }
-            }
-            x += SIZE * 2 * CHUNK;
-        }
-    }
-    EACH(s, SIZE) EACH(r, COUNT) out[s * ROWS + r] = 128.0f * total(high[s][r]) + total(low[s][r]);
-}
-
-// Few states wait for memory, which likes few streams; many want each of their loads to meet many rows.
-template <int WIDTH>
-void dots(const uint8_t* rows, int64_t stride, int64_t n, const States& x, float* out) {
-    constexpr int COUNT = WIDTH >= 4 ? ROWS / 2 : ROWS;
-    if (x.batch <= 2) {
-        for (int64_t r = 0; r < ROWS; r += COUNT) {
-            if (x.batch == 2) dots<WIDTH, 2, COUNT>(rows + r * stride, stride, n, x.at(0), out + r, true);
-            else dots<WIDTH, 1, COUNT>(rows + r * stride, stride, n, x.at(0), out + r, true);
-        }
-        return;
-    }
-    int64_t b = 0;
-    for (; b + 2 <= x.batch; b += 2) dots<WIDTH, 2, ROWS>(rows, stride, n, x.at(b), out + b * ROWS, b == 0);
-    if (b < x.batch) dots<WIDTH, 1, ROWS>(rows, stride, n, x.at(b), out + b * ROWS, false);
-}
-
-// codes[column] |= the bits of a packed row.
-template <int WIDTH>
-void put(const uint8_t* row, int64_t dim, int shift, uint8_t* codes) {
-    constexpr int places = 8 / WIDTH;
-    int64_t j = 0;
-#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-    for (; j + 64 <= dim; j += 64) {  // every byte to as many bytes as it has codes, then each its own bits
-        __m512i v;
-        if (WIDTH == 4) {
-            v = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + j / 2)));
-            v = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi16(v, 4)), _mm512_set1_epi8(15));
-        } else if (WIDTH == 2) {
-            v = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + j / 4)));
-            v = _mm512_or_si512(v, _mm512_slli_epi32(v, 6));
-            v = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi32(v, 12)), _mm512_set1_epi8(3));
-        } else {
-            uint64_t bits;
-            std::memcpy(&bits, row + j / 8, 8);
-            v = _mm512_maskz_set1_epi8(bits, 1);
-        }
-        store(codes + j, _mm512_or_si512(load(codes + j), _mm512_slli_epi16(v, shift)));
+        for (; w < words; ++w)
+            EACH(i, LANES) std::memcpy(to + (w * TILE + r + i) * 4, here + i * stride + w * 4, 4);
     }
 #endif
-    for (; j < dim; ++j)
-        codes[j] |= static_cast<uint8_t>((row[j / places] >> (j % places * WIDTH) & ((1 << WIDTH) - 1)) << shift);
+    for (; r < rows; ++r)
+        for (int64_t w = 0; w < words; ++w) std::memcpy(to + (w * TILE + r) * 4, from + r * stride + w * 4, 4);
 }
 
-void put(const Plane& plane, int64_t v, int64_t dim, uint8_t* codes) {
-    const uint8_t* row = plane.codes + v * plane.bytes;
-    switch (plane.width) {
-        case 4: return put<4>(row, dim, plane.shift, codes);
-        case 2: return put<2>(row, dim, plane.shift, codes);
-        default: return put<1>(row, dim, plane.shift, codes);
-    }
-}
-
-void dots(int64_t width, const uint8_t* rows, int64_t stride, int64_t n, const States& x, float* out) {
-    switch (width) {
-        case 8: return dots<8>(rows, stride, n, x, out);
-        case 4: return dots<4>(rows, stride, n, x, out);
-        case 2: return dots<2>(rows, stride, n, x, out);
-        default: return dots<1>(rows, stride, n, x, out);
-    }
+// The same for words of packed rows from word `first` on; the last word of a row may have fewer than 4 bytes.
+void turn(const Plane& plane, int64_t row, int64_t rows, int64_t first, int64_t words, uint8_t* to) {
+    const uint8_t* from = plane.codes + row * plane.bytes + first * 4;
+    const int64_t whole = std::min(words, plane.bytes / 4 - first);
+    turn(from, plane.bytes, rows, whole, to);
+    for (int64_t r = 0; r < rows && whole < words; ++r)
+        std::memcpy(to + (whole * TILE + r) * 4, from + r * plane.bytes + whole * 4, plane.bytes % 4);
 }
 
 }  // namespace
 
 extern "C" const char* instructions() { return INSTRUCTIONS; }
 
+// codes: of each plane, the highest bits first; scale: [row][group of columns].
 extern "C" void quantized_scores(const uint8_t* const* codes, const int64_t* widths, int64_t n_planes, int64_t bits,
-                                 float middle, const float* scale, int64_t vocab, int64_t dim, const float* hidden,
-                                 int64_t batch, float* out, int64_t threads) {
-    const Rounded rounded(batch, dim, [&](int64_t b, int64_t j) { return hidden[b * dim + j]; });
-    const bool together = n_planes > 1 && batch > 8;
+                                 float middle, const float* scale, int64_t group, int64_t vocab, int64_t dim,
+                                 const float* x, int64_t batch, float* out, int64_t threads) {
+    // each plane has its own share of the middle: in all (2^bits - 1) / 2
     std::vector<Plane> planes;
-    std::vector<States> states;
+    std::vector<std::pair<Plane*, Part*>> jobs;
+    planes.reserve(n_planes);
     for (int64_t i = 0; i < n_planes; ++i) {
         bits -= widths[i];
-        planes.push_back({codes[i], widths[i], (dim * widths[i] + 7) / 8, static_cast<int>(bits)});
-        if (!together) states.emplace_back(rounded, widths[i]);
+        const float own = n_planes > 1 ? static_cast<float>((1 << widths[i]) - 1) / 2 : middle;
+        planes.emplace_back(codes[i], widths[i], bits, own, dim, group);
+        for (Part& part : planes.back().parts) jobs.emplace_back(&planes.back(), &part);
     }
-    if (together) states.emplace_back(rounded, 8);
-    const int64_t room = chunks(dim) * CHUNK;
-    share(vocab, 256, threads, [&](int64_t begin, int64_t end) {
-        const Lines filled(ROWS * room);
-        std::vector<float> sum(batch * ROWS), part(batch * ROWS);
-        for (int64_t v = begin; v < end; v += ROWS) {
-            const int64_t count = std::min<int64_t>(ROWS, end - v);
-            if (together) {
-                std::memset(filled.data(), 0, ROWS * room);
-                for (const Plane& p : planes)
-                    for (int64_t r = 0; r < count; ++r) put(p, v + r, dim, filled.data() + r * room);
-                dots<8>(filled.data(), room, room / CHUNK, states[0], sum.data());
-            } else {
-                std::fill(sum.begin(), sum.end(), 0.0f);
-                for (int64_t i = 0; i < n_planes; ++i) {
-                    const Plane& p = planes[i];
-                    const int64_t n = chunks(p.bytes);
-                    const uint8_t* rows = p.codes + v * p.bytes;
-                    int64_t stride = p.bytes;
-                    if (p.bytes % CHUNK || count < ROWS) {
-                        stride = n * CHUNK;
-                        for (int64_t r = 0; r < count; ++r) std::memcpy(filled.data() + r * stride, rows + r * p.bytes, p.bytes);
-                        rows = filled.data();
+    share(static_cast<int64_t>(jobs.size()), 1, threads, [&](int64_t job, int64_t) {
+        const auto& [plane, part] = jobs[job];
+        const int64_t before = part->begin - part->first * 32 / plane->width;  // columns of another group
+        const float* own = x + part->begin - before;
+        part->states.emplace(batch, before + part->end - part->begin, part->words, plane->width, plane->middle,
+                             [&](int64_t b, int64_t j) { return j < before ? 0.0f : own[b * dim + j]; });
+        for (float& step : part->states->step) step *= static_cast<float>(1 << plane->shift);
+    });
+    const int64_t groups = dim / group;
+    share((vocab + TILE - 1) / TILE, 4, threads, [&](int64_t begin, int64_t end) {
+        const Lines tile(SPAN * TILE * 4), factors(groups * TILE * 4), sums(batch * TILE * 4);
+        float* sum = sums.data<float>();
+        for (int64_t k = begin; k < end; ++k) {
+            const int64_t row = k * TILE, count = std::min(TILE, vocab - row);
+            turn(reinterpret_cast<const uint8_t*>(scale + row * groups), groups * 4, count, groups, factors.data());
+            std::fill_n(sum, batch * TILE, 0.0f);
+            for (const Plane& plane : planes)
+                for (auto part = plane.parts.begin(); part != plane.parts.end();) {
+                    const int64_t first = part->first;
+                    auto last = part;  // as many parts as the tile has room for
+                    while (++last != plane.parts.end() && last->first + last->words - first <= SPAN) {}
+                    turn(plane, row, count, first, last[-1].first + last[-1].words - first, tile.data());
+                    for (; part != last; ++part) {
+                        const uint8_t* later = plane.codes + (row + TILE) * plane.bytes + part->first * 4 * TILE;
+                        for (int64_t i = 0; i < part->words * 4; ++i) __builtin_prefetch(later + i * 64);
+                        products(plane.width, tile.data() + (part->first - first) * TILE * 4, *part->states,
+                                 factors.data<float>() + part->group * TILE, sum);
                     }
-                    dots(p.width, rows, stride, n, states[i], part.data());
-                    for (int64_t k = 0; k < batch * ROWS; ++k) sum[k] += static_cast<float>(1 << p.shift) * part[k];
                 }
-            }
-            for (int64_t b = 0; b < batch; ++b)
-                for (int64_t r = 0; r < count; ++r)
-                    out[b * vocab + v + r] =
-                        scale[v + r] * rounded.step[b] * (sum[b * ROWS + r] - middle * rounded.total[b]);
+            for (int64_t b = 0; b < batch; ++b) std::copy_n(sum + b * TILE, count, out + b * vocab + row);
         }
     });
 }

@@ -25,16 +25,16 @@ struct States {
     int64_t batch, words;
     Lines bytes;
     std::vector<float> step;    // value of an integer, of each state
-    std::vector<int32_t> base;  // sum of the smallest products
+    std::vector<int32_t> base;  // what is added to its sums
 
-    // x(b, column); the columns meet the first codes of a row, the codes after them count nothing.
+    // x(b, column); the columns meet the first codes of a row, less `middle`, the codes after them count nothing.
     template <class X>
-    States(int64_t batch, int64_t columns, int64_t words, int64_t width, X x)
+    States(int64_t batch, int64_t columns, int64_t words, int64_t width, float middle, X x)
         : batch(batch), words(words), bytes(batch * words * (width <= LOOKED_UP ? 256 : 64 / width)), step(batch), base(batch) {
-        if (width > LOOKED_UP) split(columns, width, x);
+        if (width > LOOKED_UP) split(columns, width, middle, x);
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
-        else if (width == 2) tabulate<2>(columns, x);
-        else tabulate<1>(columns, x);
+        else if (width == 2) tabulate<2>(columns, middle, x);
+        else tabulate<1>(columns, middle, x);
 #endif
     }
 
@@ -43,11 +43,12 @@ struct States {
 
 private:
     template <class X>
-    void split(int64_t columns, int64_t width, X x) {
+    void split(int64_t columns, int64_t width, float middle, X x) {
         const Rounded rounded(batch, columns, x);
         const int64_t places = 8 / width;
         step = rounded.step;
         for (int64_t b = 0; b < batch; ++b) {
+            base[b] = std::isnan(step[b]) ? 0 : static_cast<int32_t>(std::lrintf(-middle * rounded.total[b]));
             const int64_t first = b / 2 * 2, size = std::min<int64_t>(2, batch - first);
             int8_t* to = bytes.data<int8_t>() + (first * words * places + (b - first)) * 8;
             for (int64_t j = 0; j < columns; ++j) {
@@ -61,28 +62,35 @@ private:
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
     template <int WIDTH, class X>
-    void tabulate(int64_t columns, X x) {
+    void tabulate(int64_t columns, float middle, X x) {
         constexpr int64_t size = 4 / WIDTH;  // columns in half a byte
         constexpr int32_t mask = (1 << WIDTH) - 1;
         const int64_t halves = words * 8;
         std::vector<float> values(halves * size);
         for (int64_t b = 0; b < batch; ++b) {
             for (int64_t j = 0; j < columns; ++j) values[j] = x(b, j);
-            float widest = 0;
+            float widest = 0, zero = 0;
             for (int64_t n = 0; n < halves; ++n) {
                 float width = 0;
                 EACH(k, size) width += std::fabs(values[n * size + k]);
                 widest = std::max(widest, width);
+                zero += width * 0;
+            }
+            if (zero != 0) {  // as in `Rounded`
+                step[b] = NAN;
+                continue;
             }
             // entries fit 16 bits: each of at most 12 products of a half may be rounded up by a half
             step[b] = widest > 0 ? widest * mask / 65520.0f : 1.0f;
             const float inverse = 1 / step[b];
+            int64_t total = 0;
             for (int64_t n = 0; n < halves; ++n) {
-                __m512i entries = zero();
+                __m512i entries = _mm512_setzero_si512();
                 int32_t smallest = 0;
                 EACH(k, size) {
                     const int32_t value = static_cast<int32_t>(std::lrintf(values[n * size + k] * inverse));
                     smallest += std::min(0, value * mask);
+                    total += value;
                     const __m512i codes = field<WIDTH>(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), k);
                     entries = _mm512_add_epi32(entries, _mm512_mullo_epi32(codes, _mm512_set1_epi32(value)));
                 }
@@ -92,21 +100,22 @@ private:
                 _mm_store_si128(to, _mm512_cvtepi32_epi8(_mm512_srli_epi32(entries, 8)));
                 _mm_store_si128(to + 4, _mm512_cvtepi32_epi8(entries));
             }
+            base[b] -= static_cast<int32_t>(std::lrintf(middle * static_cast<float>(total)));
         }
     }
 #endif
 };
 
-// sum[s][row] += step[s] * Σ codes * integers of state s, `SIZE` states at once.
+// sum[s][row] += factor[row] * step[s] * (base[s] + Σ codes * integers of state s), `SIZE` states at once.
 template <int WIDTH, int SIZE>
-void products(const uint8_t* tile, int64_t words, const int8_t* x, const float* step, float* sum) {
+void products(const uint8_t* tile, const States& x, int64_t first, const float* factor, float* sum) {
     constexpr int places = 8 / WIDTH, size = LANES * 4;
     for (int64_t part = 0; part < TILE; part += LANES * VECTORS) {
         Words high[SIZE][VECTORS], low[SIZE][VECTORS];
         EACH(s, SIZE) EACH(v, VECTORS) high[s][v] = low[s][v] = zero();
         const uint8_t* from = tile + part * 4;
-        const int8_t* state = x;
-        for (int64_t i = 0; i < words; ++i, from += TILE * 4) {
+        const int8_t* state = x.at(first, WIDTH);
+        for (int64_t i = 0; i < x.words; ++i, from += TILE * 4) {
             Words packed[VECTORS], codes[VECTORS];
             EACH(v, VECTORS) packed[v] = load(from + v * size);
             EACH(place, places) {
@@ -127,29 +136,36 @@ void products(const uint8_t* tile, int64_t words, const int8_t* x, const float* 
                 store(h + v * LANES, high[s][v]);
                 store(l + v * LANES, low[s][v]);
             }
+            const int32_t base = x.base[first + s] >> 7, rest = x.base[first + s] & 127;
             for (int r = 0; r < LANES * VECTORS; ++r)
-                sum[s * TILE + part + r] += step[s] * (128.0f * static_cast<float>(h[r]) + static_cast<float>(l[r]));
+                sum[s * TILE + part + r] += factor[part + r] * x.step[first + s] *
+                                            (128.0f * static_cast<float>(h[r] + base) + static_cast<float>(l[r] + rest));
         }
     }
 }
 
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
 
-inline void add(float* sum, float step, __m512 total) {
-    _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_set1_ps(step), total, _mm512_loadu_ps(sum)));
+inline void add(float* sum, const float* factor, float step, __m512 total) {
+    const __m512 value = _mm512_mul_ps(_mm512_set1_ps(step), _mm512_loadu_ps(factor));
+    _mm512_storeu_ps(sum, _mm512_fmadd_ps(value, total, _mm512_loadu_ps(sum)));
 }
 
 // The same for one state, without shifts: the codes of each place are multiplied where they lie in their bytes, in sums
 // of their own, which are brought to scale once. As many rows at a time as leave 16 such sums.
 template <int WIDTH>
-void products_in_place(const uint8_t* tile, int64_t words, const int8_t* x, float step, float* sum) {
+void products_in_place(const uint8_t* tile, const States& x, const float* factor, float* sum) {
     constexpr int places = 8 / WIDTH, vectors = WIDTH;
     for (int64_t part = 0; part < TILE; part += LANES * vectors) {
         Words high[places][vectors], low[places][vectors];
         EACH(place, places) EACH(v, vectors) high[place][v] = low[place][v] = zero();
+        EACH(v, vectors) {
+            high[0][v] = _mm512_set1_epi32(x.base[0] >> 7);
+            low[0][v] = _mm512_set1_epi32(x.base[0] & 127);
+        }
         const uint8_t* from = tile + part * 4;
-        const int8_t* state = x;
-        for (int64_t i = 0; i < words; ++i, from += TILE * 4, state += places * 8) {
+        const int8_t* state = x.at(0, WIDTH);
+        for (int64_t i = 0; i < x.words; ++i, from += TILE * 4, state += places * 8) {
             Words packed[vectors];
             EACH(v, vectors) packed[v] = load(from + v * 64);
             if (part == 0) EACH(v, 4) __builtin_prefetch(from + AHEAD + v * 64);
@@ -170,7 +186,7 @@ void products_in_place(const uint8_t* tile, int64_t words, const int8_t* x, floa
                 l = _mm512_add_epi32(l, _mm512_srai_epi32(low[place][v], place * WIDTH));
             }
             const __m512 total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(h), _mm512_set1_ps(128.0f), _mm512_cvtepi32_ps(l));
-            add(sum + part + v * LANES, step, total);
+            add(sum + part + v * LANES, factor + part + v * LANES, x.step[0], total);
         }
     }
 }
@@ -179,9 +195,9 @@ void products_in_place(const uint8_t* tile, int64_t words, const int8_t* x, floa
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 
-// sum[s][row] += step[s] * Σ entries of the tables of state s for the halves of a row's bytes, `SIZE` states at once.
+// The same by the tables of the states for the halves of a row's bytes.
 template <int SIZE>
-void look_up(const uint8_t* tile, const States& x, int64_t first, float* sum) {
+void look_up(const uint8_t* tile, const States& x, int64_t first, const float* factor, float* sum) {
     const Words mask = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1), part = _mm512_set1_epi32(0x30201000);
     Words high[SIZE][4], low[SIZE][4];
     EACH(s, SIZE) EACH(v, 4) {
@@ -205,36 +221,37 @@ void look_up(const uint8_t* tile, const States& x, int64_t first, float* sum) {
         }
     }
     EACH(s, SIZE) EACH(v, 4)
-        add(sum + s * TILE + v * LANES, x.step[first + s], _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[s][v], 8), low[s][v])));
+        add(sum + s * TILE + v * LANES, factor + v * LANES, x.step[first + s],
+            _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[s][v], 8), low[s][v])));
 }
 
 #endif
 
 template <int WIDTH>
-void products(const uint8_t* tile, const States& x, float* sum) {
+void products(const uint8_t* tile, const States& x, const float* factor, float* sum) {
     int64_t b = 0;
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
     if constexpr (WIDTH <= LOOKED_UP) {
-        for (; b + 2 <= x.batch; b += 2) look_up<2>(tile, x, b, sum + b * TILE);
-        if (b < x.batch) look_up<1>(tile, x, b, sum + b * TILE);
+        for (; b + 2 <= x.batch; b += 2) look_up<2>(tile, x, b, factor, sum + b * TILE);
+        if (b < x.batch) look_up<1>(tile, x, b, factor, sum + b * TILE);
         return;
     }
 #endif
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
     if constexpr (WIDTH < 8)
-        if (x.batch == 1) return products_in_place<WIDTH>(tile, x.words, x.at(0, WIDTH), x.step[0], sum);
+        if (x.batch == 1) return products_in_place<WIDTH>(tile, x, factor, sum);
 #endif
-    for (; b + 2 <= x.batch; b += 2) products<WIDTH, 2>(tile, x.words, x.at(b, WIDTH), x.step.data() + b, sum + b * TILE);
-    if (b < x.batch) products<WIDTH, 1>(tile, x.words, x.at(b, WIDTH), x.step.data() + b, sum + b * TILE);
+    for (; b + 2 <= x.batch; b += 2) products<WIDTH, 2>(tile, x, b, factor, sum + b * TILE);
+    if (b < x.batch) products<WIDTH, 1>(tile, x, b, factor, sum + b * TILE);
 }
 
-// sum[b][row] += step[b] * Σ codes * integers, b < x.batch, row < TILE.
-inline void products(int64_t width, const uint8_t* tile, const States& x, float* sum) {
+// sum[b][row] += factor[row] * step[b] * (base[b] + Σ codes * integers), b < x.batch, row < TILE.
+inline void products(int64_t width, const uint8_t* tile, const States& x, const float* factor, float* sum) {
     switch (width) {
-        case 8: return products<8>(tile, x, sum);
-        case 4: return products<4>(tile, x, sum);
-        case 2: return products<2>(tile, x, sum);
-        default: return products<1>(tile, x, sum);
+        case 8: return products<8>(tile, x, factor, sum);
+        case 4: return products<4>(tile, x, factor, sum);
+        case 2: return products<2>(tile, x, factor, sum);
+        default: return products<1>(tile, x, factor, sum);
     }
 }
 

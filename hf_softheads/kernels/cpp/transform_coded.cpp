@@ -63,7 +63,7 @@ extern "C" void transform_coded_scores(const uint8_t* tiles, const int64_t* tier
         }
         const Plane& p = every[job];
         const float* own = scale + planes[4 * job] * dim;
-        states[job].emplace(batch, p.columns, p.words(), p.width,
+        states[job].emplace(batch, p.columns, p.words(), p.width, 0.0f,
                             [&](int64_t b, int64_t j) { return own[p.column[j]] * x[b * dim + p.column[j]]; });
         for (float& step : states[job]->step) step *= static_cast<float>(1 << p.shift);
     });
@@ -73,12 +73,13 @@ extern "C" void transform_coded_scores(const uint8_t* tiles, const int64_t* tier
         for (int64_t k = 0; k * TILE < tier.rows; ++k) jobs.emplace_back(&tier, k);
     share(static_cast<int64_t>(jobs.size()), 8, threads, [&](int64_t begin, int64_t end) {
         std::vector<float> sum(batch * TILE);
+        const std::vector<float> ones(TILE, 1.0f);
         for (int64_t job = begin; job < end; ++job) {
             const Tier& tier = *jobs[job].first;
             const uint8_t* tile = tier.tiles + jobs[job].second * tier.size;
             for (int64_t b = 0; b < batch; ++b) std::fill_n(sum.data() + b * TILE, TILE, tier.shift[b]);
             for (int64_t i = tier.begin; i < tier.end; ++i) {
-                products(every[i].width, tile, *states[i], sum.data());
+                products(every[i].width, tile, *states[i], ones.data(), sum.data());
                 tile += states[i]->words * TILE * 4;
             }
             const int64_t first = tier.start + jobs[job].second * TILE;
