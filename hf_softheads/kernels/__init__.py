@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hf_softheads.compiling import constant
 
-_FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-pthread", "-fopenmp")
+_FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-pthread")
 _LARGE = 2**22  # bytes
 STATES = 64  # hidden states that a kernel takes at once: what it makes of more would not stay in the caches
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {

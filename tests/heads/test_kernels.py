@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 import torch
 
@@ -376,3 +381,38 @@ def test_transform_coded_kernel_with_many_columns(
     exact = head.scores(hidden)
     head.use_kernels("require")
     assert (head.scores(hidden) - exact).abs().max() < 2e-4 * exact.abs().max()
+
+
+THREADS = """
+import os, sys, threading
+import torch
+from hf_softheads.kernels.screened import logsumexp
+torch.set_num_threads(4)
+scores = torch.arange(600.0).view(6, 100).repeat(50, 1)
+expected = scores.logsumexp(1)
+def check(): assert torch.allclose(logsumexp(scores), expected)
+check()
+callers = [threading.Thread(target=check) for _ in range(20)]
+for caller in callers: caller.start()
+for caller in callers: caller.join()
+child = os.fork()
+if not child:
+    check()
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+print("done")
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_threads_are_shared_by_callers_and_not_with_a_child() -> None:
+    """A child process has none of its parent's threads; what waits for them waits for ever."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", THREADS],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout == "done\n", done.stderr

@@ -16,12 +16,15 @@ def signed_hadamard(values: Tensor, signs: Tensor) -> Tensor:
     A block of `a b` columns is turned by two products, with matrices of a and of b rows: `H_ab = H_a ⊗ H_b`. Sums are
     in fp32 at least. `signs` is `(D,)` of ±1, any dtype.
     """
-    sizes = factors(values.shape[-1])
+    first, second = factors(values.shape[-1])
     wide = values if values.dtype == torch.float64 else values.float()
-    cut = (wide * signs.to(wide.dtype)).unflatten(-1, (-1, *sizes))
-    first, second = (_hadamard(size).to(cut) for size in sizes)
-    turned: Tensor = (first @ cut @ second).flatten(-3).to(values.dtype)
-    return turned
+    turned = (wide * signs.to(wide.dtype)).reshape(-1, first, second)
+    for size in (
+        second,
+        first,
+    ):  # plain matrix products: torch gives threads to batches, however small
+        turned = (turned.reshape(-1, size) @ _hadamard(size).to(turned)).view(turned.shape).mT
+    return turned.reshape(values.shape).to(values.dtype)
 
 
 def factors(dim: int) -> tuple[int, int]:
