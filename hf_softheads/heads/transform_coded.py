@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +13,15 @@ from torch import Tensor, nn
 
 from hf_softheads.bitpack import pack, unpack
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.fit.bit_allocation import STEP, water_fill
+from hf_softheads.heads.fit.bit_allocation import water_fill
 from hf_softheads.heads.fit.blockwise import blocks, progress
-from hf_softheads.heads.fit.gptq import nearest_code, round_through, round_with_feedback
+from hf_softheads.heads.fit.gptq import round_through
 from hf_softheads.heads.fit.hessian import local_moments, metric_root, weighted_moment
 from hf_softheads.heads.fit.kmeans import require_finite
+from hf_softheads.heads.fit.tier_codes import coordinates, quantize_tier
 from hf_softheads.heads.forms.bit_planes import planes_of, read_codes
 from hf_softheads.heads.forms.kernel_rows import KernelRowsHead
+from hf_softheads.heads.forms.token_blocks import token_blocks
 from hf_softheads.kernels import in_large_pages
 from hf_softheads.kernels.quantized import quantized_scores
 from hf_softheads.kernels.rows import Pieces, in_order, transform_coded_rows
@@ -30,9 +31,7 @@ from hf_softheads.registry import Bounds, Count, Positive
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
 
-_STRETCH = (0.75, 0.85, 0.93, 1.0, 1.08, 1.18, 1.3, 1.5)  # of the step, tried on the data
 _BLOCK = 4096
-_ROWS = 2048  # rounded at once
 _COLUMNS = 64  # packed at once
 _GAP = (
     32  # numbers between columns: powers of two apart, they would meet in the same lines of a cache
@@ -123,7 +122,7 @@ class TransformCoded(HeadSpec, name="transform_coded"):
         energy = torch.empty(self.tiers, len(basis), device=device)
         for tier, (start, stop) in enumerate(head.ranges):
             mine = tokens[start:stop]
-            points = _coordinates(weight, mine, center, project)
+            points = coordinates(weight, mine, center, project)
             deviation = (points.norm(dim=0) / len(points) ** 0.5).clamp_min(1e-30)
             for which in blocks(len(points)):
                 size = (points[which] / deviation).square().mean(1).sqrt()
@@ -140,20 +139,12 @@ class TransformCoded(HeadSpec, name="transform_coded"):
         metrics = moments[:, : len(basis), : len(basis)]
         for tier, (start, stop) in progress(list(enumerate(head.ranges)), "tiers"):
             mine = tokens[start:stop]
-            points = _coordinates(weight, mine, center, project)
+            points = coordinates(weight, mine, center, project)
             points /= head.gain()[start:stop, None]
-            _quantize_tier(head, tier, points, labels[mine], metrics)
+            quantize_tier(head, tier, points, labels[mine], metrics)
             del points
         if head.bias is not None and bias is not None:
             head.bias.copy_(bias[tokens])
-
-
-def _coordinates(weight: Tensor, tokens: Tensor, center: Tensor, project: Tensor) -> Tensor:
-    """`(weight[tokens] - center) @ project`, `(n, K)` fp32, a block of rows at a time."""
-    points = torch.empty(len(tokens), project.shape[1], device=weight.device)
-    for which in blocks(len(tokens)):
-        points[which] = (weight[tokens[which]].float() - center) @ project
-    return points
 
 
 def _gain_code(gain: Tensor) -> Tensor:
@@ -163,39 +154,6 @@ def _gain_code(gain: Tensor) -> Tensor:
 
 def _gain_value(code: Tensor) -> Tensor:
     return torch.exp2((code.float() - 10) / 4)
-
-
-def _quantize_tier(
-    head: TransformCodedHead, tier: int, points: Tensor, labels: Tensor, moments: Tensor
-) -> None:
-    """Codes, scales and offsets of one tier from its `points (n, K)`; `labels` choose each row's metric."""
-    bits = head.bits[tier].long()
-    variance, mean = torch.var_mean(points, 0, correction=0)
-    best = torch.full_like(mean, torch.inf)
-    step, last = torch.ones_like(mean), (2.0**bits - 1).to(mean)
-    spread = torch.tensor(STEP, device=mean.device)[bits] * variance.sqrt()
-    for stretch in _STRETCH:
-        trial = (spread * stretch).bfloat16().float().clamp_min(1e-30)
-        offset = (mean - trial * last / 2).bfloat16().float()
-        cost = torch.zeros_like(mean)
-        for which in blocks(len(points)):
-            part = points[which]
-            error = offset + trial * nearest_code(part, trial, offset, last) - part
-            cost += error.square().sum(0)
-        step = torch.where(cost < best, trial, step)
-        best = torch.minimum(best, cost)
-    offset = (mean - step * last / 2).bfloat16().float()
-    head.scale[tier], head.offset[tier] = step, offset
-    coarsest = best.argsort(
-        descending=True
-    )  # their errors are known first, the fine columns undo them
-    codes = torch.empty(points.shape, dtype=torch.uint8, device=points.device)
-    for label in labels.unique().tolist():
-        for mine in (labels == label).nonzero().flatten().split(_ROWS):
-            codes[mine] = round_with_feedback(
-                points[mine], step, offset, last, moments[label], coarsest
-            )
-    head.pack_tier(tier, codes)
 
 
 class TransformCodedHead(KernelRowsHead):
@@ -292,20 +250,12 @@ class TransformCodedHead(KernelRowsHead):
         return x[..., :-1] @ self._unpacked(spans, x) + x[..., -1:]
 
     def by_blocks(self, x: Tensor) -> Tensor:
-        # Blocks of tokens: in a tier those of a block are rows that follow one another.
-        places, order, vocab = self.row_of_token(), self.token_of_row(), self.out_features
+        places, order = self.row_of_token(), self.token_of_row()
         assert places is not None
-        out = in_large_pages(len(x), vocab, dtype=torch.float32)
+        out = in_large_pages(len(x), self.out_features, dtype=torch.float32)
         states, shift = x[:, :-1].contiguous(), x[:, -1].float().contiguous()
-        starts = [*range(0, vocab, _BLOCK), vocab]
-        limits, tiers = torch.tensor(starts), (self.tier_gain & 15).int()
-        rows = torch.stack([torch.searchsorted(order[a:b], limits) + a for a, b in self.ranges])
-        first = torch.tensor(self.ranges)[:, 0]
-        for block, (start, stop) in enumerate(itertools.pairwise(starts)):
-            begin, count = rows[:, block], rows[:, block + 1] - rows[:, block]
-            spans = torch.stack([torch.arange(len(rows)), begin - first, count, begin], 1)
-            ahead = (begin - count.cumsum(0) + count).int()  # of a row's number, to its column's
-            place = places[start:stop] - ahead[tiers[start:stop]]
+        tiers = (self.tier_gain & 15).int()
+        for start, stop, spans, place in token_blocks(order, places, tiers, self.ranges, _BLOCK):
             in_order(states @ self._unpacked(spans, x), place, shift, out[:, start:stop])
         return out
 
