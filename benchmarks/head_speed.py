@@ -1,13 +1,18 @@
-"""Speed of one decoding step of the compact heads at the size of a 1 B model's head.
+"""Speed of the compact heads: a decoding step at the size of a 1 B model's head, any number of states, a busy machine.
 
     python benchmarks/head_speed.py                             # writes benchmarks/results/head_speed.json
     python benchmarks/head_speed.py --only product_vq screened  # measures cases with these in their name, keeps others
+    python benchmarks/head_speed.py --part states busy          # measures these parts, keeps the decoding steps
 
 Synthetic weights and codes, V=128,256, D=2,048, bf16. Ratio to the dense bf16 `nn.Linear` in the same process, cold
 caches, interleaved, two threads, samples dropped that waited for a core. What is in the codes does not change the
 speed; whether a screen finds the right tokens is a matter of quality and not measured here. `limit`: the time to read
 the bytes of one step, as a share of the time taken, at the bandwidth of a sum over 512 MiB that takes its turn with the
 heads (the median, as for them); `strict_limit`: the same at the bandwidth of its fastest turn.
+
+`states`: 1 to 512 hidden states at the sizes of two small models' heads, fp32 and bf16, in CPU time of one thread,
+which other processes on the machine do not change. `busy`: wall time of a step with one and with two threads while
+another process keeps a core busy.
 """
 
 from __future__ import annotations
@@ -15,7 +20,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +36,7 @@ from timing import compare
 from hf_softheads import heads
 from hf_softheads.files import write_json
 from hf_softheads.heads.base import HeadSpec
+from hf_softheads.kernels import select
 from hf_softheads.report.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results" / "head_speed.json"
@@ -60,26 +69,41 @@ SCREENS = {  # candidates of each
 }
 PLAIN = ("residual_vq 4 x 1024", "low_rank D/4 in 8 bits", "low_rank D/8 in 8 bits")
 OFF = ", no kernels"  # the same without a compiler
+MODELS = {"SmolLM2-135M": (49_152, 576), "Gemma-3-270M": (262_144, 640)}
+COUNTS = (1, 4, 16, 64, 128, 512)
 
 
-def build(spec: HeadSpec) -> Any:
-    """A head in bf16 with random parameters and codes."""
-    head: Any = spec.module(DIM, VOCAB)
+def specs_of(dim: int) -> dict[str, HeadSpec]:
+    """Those that are measured at the sizes of `MODELS`."""
+    return {
+        "quantized, 4 bits": heads.Quantized(4),
+        "quantized, 4 bits, groups of 64": heads.Quantized(4, group=64),
+        "transform_coded, 4.5 bits": heads.TransformCoded(bits=4.5),
+        "transform_coded, 2.25 bits": heads.TransformCoded(bits=2.25),
+        "product_vq, 2 bits, structured": heads.ProductVQ(dim // 4, rotation="structured"),
+    }
+
+
+def build(
+    spec: HeadSpec, vocab: int = VOCAB, dim: int = DIM, dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """A head with random parameters and codes."""
+    head: Any = spec.module(dim, vocab)
     for parameter in head.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     for name, buffer in head.named_buffers():
         buffer.copy_(torch.randint(1024 if buffer.dtype == torch.int16 else 256, buffer.shape))
         if name == "bits":  # falling with the column and the tier, as many as there is room for
             fall = (
-                torch.linspace(1, -0.2, DIM) * 3.2 * spec.bits + torch.linspace(1, -1, 8)[:, None]
+                torch.linspace(1, -0.2, dim) * 3.2 * spec.bits + torch.linspace(1, -1, 8)[:, None]
             )
             for lower in range(1000):
                 buffer.copy_((fall - lower / 100).round().clamp(0, 8))
                 if max(p.stop for planes in head.planes() for p in planes) <= len(head.codes):
                     break
-    head = head.bfloat16().requires_grad_(False)
+    head = head.to(dtype).requires_grad_(False)
     # of the size of a language model's: exp(-100) is a subnormal number, ten times as slow
-    head.weight.mul_(2 / head(torch.randn(8, DIM).bfloat16()).float().std())
+    head.weight.mul_(2 / head(torch.randn(8, dim).to(dtype)).float().std())
     return head
 
 
@@ -98,15 +122,92 @@ def greedy(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return token, value.float() - scores.float().logsumexp(-1)
 
 
+def states() -> dict[str, Any]:
+    """Ratios to the dense head by model, dtype and number of hidden states."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    for model, (vocab, dim) in MODELS.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            dense = nn.Linear(dim, vocab, bias=False, dtype=dtype).requires_grad_(False)
+            built = {name: build(s, vocab, dim, dtype) for name, s in specs_of(dim).items()}
+            for count in COUNTS:
+                hidden = torch.randn(count, dim).to(dtype)
+                functions = {
+                    name: lambda h=hidden, f=head: f(h)
+                    for name, head in {"dense": dense, **built}.items()
+                }
+                with torch.inference_mode():
+                    timed = compare(
+                        functions, "dense", rounds=7, seconds=12, clock=time.thread_time
+                    )
+                by_dtype = found.setdefault(model, {}).setdefault(str(dtype)[6:], {})
+                by_dtype[str(count)] = timed
+                told = ", ".join(f"{name} x{row['ratio']:.2f}" for name, row in timed.items())
+                print(f"{model} {dtype} {count:>3} states: {told}", flush=True)
+    return {
+        "clock": "CPU time, 1 thread",
+        "shapes": MODELS,
+        "kernel": f"C++, {select('quantized').instructions}",
+        "speed": found,
+        "provenance": provenance(),
+    }
+
+
+def busy() -> dict[str, Any]:
+    """Wall time of a step with one thread and with two, turn by turn, while another process keeps a core busy."""
+    model = "SmolLM2-135M"
+    vocab, dim = MODELS[model]
+    dense = nn.Linear(dim, vocab, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    built = {"dense": dense, **{n: build(s, vocab, dim) for n, s in specs_of(dim).items()}}
+    hidden = torch.randn(1, dim).bfloat16()
+    found: dict[str, dict[str, float]] = {}
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        for name, head in built.items():
+            taken: dict[int, list[float]] = {1: [], 2: []}
+            with torch.inference_mode():
+                for turn in range(120):
+                    threads = 1 + turn // 10 % 2
+                    torch.set_num_threads(threads)
+                    start = time.perf_counter()
+                    head(hidden)
+                    taken[threads].append(1e3 * (time.perf_counter() - start))
+            found[name] = {f"{n} threads": statistics.median(ms) for n, ms in taken.items()}
+            print(f"busy: {name:<34} {found[name]}", flush=True)
+    finally:
+        other.kill()
+        other.wait()
+    return {
+        "model": model,
+        "kernel": f"C++, {select('quantized').instructions}",
+        "ms": found,
+        "provenance": provenance(),
+    }
+
+
+PARTS = {"states": states, "busy": busy}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", help="parts of the names of cases")
+    parser.add_argument("--only", nargs="+", help="parts of the names of cases of a decoding step")
+    parser.add_argument("--part", nargs="+", choices=["steps", *PARTS], default=["steps", *PARTS])
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if "steps" in arguments.part:
+        kept |= steps(arguments, kept.get("speed", {}) if arguments.only else {})
+        write_json(RESULTS, kept)
+    for part in PARTS.keys() & arguments.part:
+        write_json(RESULTS, kept := {**kept, part: PARTS[part]()})
+
+
+def steps(arguments: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
+    """Decoding steps, added to what was `found` before."""
     torch.set_num_threads(arguments.threads)
     dense = nn.Linear(DIM, VOCAB, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     data = torch.ones(2**27)  # of zeros there would be a single page
@@ -130,7 +231,6 @@ def main() -> None:
             else:
                 cases[way] = head, head
     bandwidth: dict[str, dict[str, float]] = {}
-    found = json.loads(RESULTS.read_text())["speed"] if RESULTS.exists() and arguments.only else {}
     for batch in (1, 16):
         hidden = torch.randn(batch, DIM).bfloat16()
         functions: dict[str, Any] = {
@@ -158,18 +258,16 @@ def main() -> None:
                 flush=True,
             )
         found[f"batch {batch}"] = {**found.get(f"batch {batch}", {}), **timed}
-    write_json(
-        RESULTS,
-        {
-            "shape": [VOCAB, DIM],
-            "dtype": "bfloat16",
-            "clock": f"wall time, {arguments.threads} threads",
-            "kernel": found.reason or f"C++, {found.instructions}",
-            "bandwidth": bandwidth,
-            "speed": found,
-            "provenance": provenance(arguments.seed),
-        },
-    )
+    kernel = select("quantized")
+    return {
+        "shape": [VOCAB, DIM],
+        "dtype": "bfloat16",
+        "clock": f"wall time, {arguments.threads} threads",
+        "kernel": kernel.reason or f"C++, {kernel.instructions}",
+        "bandwidth": bandwidth,
+        "speed": found,
+        "provenance": provenance(arguments.seed),
+    }
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import hf_softheads as sh
 from hf_softheads import bridge
 from hf_softheads.attention.engines import cpp
+from hf_softheads.heads.forms import kernel_rows
 from hf_softheads.kernels import KernelUnavailable
 from hf_softheads.plan import dense_head
 
@@ -200,12 +201,13 @@ def test_an_encoder_s_attention(tokens):
     ("arguments", "reason"),
     [
         ({"head": sh.heads.VQ(codes=8)}, "head vq .* there is none for this variant"),
-        ({"head": sh.heads.Quantized(4, group=16)}, "only for one scale per row"),
+        ({"head": sh.heads.Quantized(4, group=16)}, "head quantized .* no compiler"),
         ({"attention": sh.attention.Softpick()}, "attention softpick .* no compiler"),
     ],
 )
 def test_a_required_kernel_that_is_missing(model, tokens, monkeypatch, arguments, reason):
-    monkeypatch.setattr(cpp, "unavailable", lambda: "no compiler")
+    for module in (cpp, kernel_rows):
+        monkeypatch.setattr(module, "why_not", lambda _: "no compiler")
     refused(model, tokens, KernelUnavailable, reason, kernels="require", **arguments)
 
 
