@@ -165,6 +165,7 @@ class QuantizedHead(KernelRowsHead):
     """
 
     kernel = "quantized"
+    by_matrix_unit = 128
     code_lr = 1e-2
 
     def __init__(

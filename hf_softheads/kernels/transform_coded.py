@@ -89,11 +89,12 @@ def transform_coded_scores(
     fp32 = [t.contiguous() for t in (x, scale, offset, gain, base)]
     x, scale, offset, gain, base = fp32
     out = in_large_pages(len(x), len(gain), dtype=torch.float32)
+    room = in_large_pages(min(len(x), STATES), len(gain), dtype=torch.float32)
     for some, of_some, scores in zip(*(t.split(STATES) for t in (x, base, out)), strict=True):
         call(
             load("transform_coded", instructions).transform_coded_scores,
             *(tiles.codes, tiles.tiers, len(tiles.tiers)),
             *(tiles.planes, len(tiles.planes), tiles.columns, some, some.shape[1], len(some)),
-            *(scale, offset, gain, places, of_some, len(gain), scores),
+            *(scale, offset, gain, places, of_some, len(gain), room, scores),
         )
     return out

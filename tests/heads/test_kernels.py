@@ -98,7 +98,7 @@ def test_head_uses_it_for_decoding(bits: Any, group: int | None) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 2, 5, 19])
 @pytest.mark.parametrize("bits", [1.5, 4.0, 8.0])
 def test_transform_coded_kernel(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, instructions: str, batch: int, bits: float
@@ -164,7 +164,7 @@ def test_unpacked_rows_are_those_of_the_definition(
 @needs_compiler
 @pytest.mark.parametrize("states", [1, 65, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("way", ["AVX-512", "AVX2"])
+@pytest.mark.parametrize("way", ["AVX-512, AMX", "AVX-512", "AVX2"])
 @pytest.mark.parametrize(
     "spec", [Quantized(4, 8), TransformCoded(bits=6.0, tiers=3), ProductVQ(16, 256)], ids=str
 )
@@ -363,7 +363,7 @@ def test_largest_of_odd_rows(instructions: str) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, 17])
 def test_transform_coded_kernel_with_many_columns(
     monkeypatch: pytest.MonkeyPatch, instructions: str, batch: int
 ) -> None:

@@ -32,6 +32,7 @@ class KernelRowsHead(Rebuilt, RowsHead):
     """
 
     kernel: str
+    by_matrix_unit = STATES  # up to so many bf16 states `compiled` is ahead on a processor with AMX
 
     def compiled(self, hidden: Tensor) -> Tensor:
         """Scores `(B, V)` fp32 of `hidden (B, D)` in the order of the tokens, without the bias."""
@@ -117,10 +118,11 @@ class KernelRowsHead(Rebuilt, RowsHead):
 
     def _by_codes(self, hidden: Tensor) -> bool:
         """Are these states scored faster from the codes than from rows that are unpacked?"""
-        if hidden.numel() <= STATES * self.in_features:
-            return True
-        fast = self.torch_operator() or instructions(self.kernel) == "AVX-512"
-        return bool(fast) and self._unpacked_dtype(hidden) != torch.bfloat16
+        way, count = instructions(self.kernel), hidden.numel() // self.in_features
+        if count > STATES and self._unpacked_dtype(hidden) == torch.bfloat16:
+            return way.endswith("AMX") and count <= self.by_matrix_unit
+        own = self.torch_operator() is not None
+        return count <= STATES or own or way.startswith("AVX-512")
 
     def by_blocks(self, x: Tensor) -> Tensor:
         """Scores `(B, V)` fp32 of many prepared states, fp32 or bf16, in the order of the tokens, without the bias."""

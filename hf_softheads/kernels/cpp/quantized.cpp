@@ -73,7 +73,7 @@ void turn(const Plane& plane, int64_t row, int64_t rows, int64_t first, int64_t 
 
 }  // namespace
 
-extern "C" const char* instructions() { return INSTRUCTIONS; }
+extern "C" const char* instructions() { return instructions_of_tiles(); }
 
 // codes: of each plane, the highest bits first; scale: [row][group of columns].
 extern "C" void quantized_scores(const uint8_t* const* codes, const int64_t* widths, int64_t n_planes, int64_t bits,
@@ -99,6 +99,7 @@ extern "C" void quantized_scores(const uint8_t* const* codes, const int64_t* wid
     });
     const int64_t groups = dim / group;
     share((vocab + TILE - 1) / TILE, 4, threads, [&](int64_t begin, int64_t end) {
+        const Registers registers(batch);
         const Lines tile(SPAN * TILE * 4), factors(groups * TILE * 4), sums(batch * TILE * 4);
         float* sum = sums.data<float>();
         for (int64_t k = begin; k < end; ++k) {

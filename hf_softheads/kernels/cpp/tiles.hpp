@@ -7,6 +7,10 @@
 #pragma once
 
 #include "integers.hpp"
+#if defined(__AMX_INT8__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -18,11 +22,47 @@ constexpr int64_t LOOKED_UP = 2;  // codes up to so many bits are looked up, hal
 constexpr int64_t LOOKED_UP = 0;
 #endif
 
+#if defined(__AMX_INT8__) && defined(__linux__)
+inline bool matrix_unit() {  // the system must allow its registers
+    static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0;
+    return allowed;
+}
+#else
+inline bool matrix_unit() { return false; }
+#endif
+
+constexpr int64_t MANY = 8;  // states that are worth the matrix unit
+
+inline const char* instructions_of_tiles() { return matrix_unit() ? "AVX-512, AMX" : INSTRUCTIONS; }
+
+// The matrix unit's registers, 16 rows of 64 bytes, as long as this lives and a thread multiplies many states.
+class Registers {
+    bool used;
+
+public:
+    explicit Registers(int64_t batch) : used(batch >= MANY && matrix_unit()) {
+#if defined(__AMX_INT8__) && defined(__linux__)
+        if (!used) return;
+        alignas(64) uint8_t layout[64] = {1};  // bytes of a row from 16 on, two bytes each; rows from 48 on
+        for (int i = 0; i < 8; ++i) layout[16 + 2 * i] = 64, layout[48 + i] = 16;
+        _tile_loadconfig(layout);
+#endif
+    }
+    ~Registers() {
+#if defined(__AMX_INT8__) && defined(__linux__)
+        if (used) _tile_release();
+#endif
+    }
+};
+
 // Rounded states as `products` meets them: integers that are multiplied, [pair of states][word][place][state of the
 // pair][4 high, 4 low], or, for narrow codes, their products with all that half a byte can hold, less the smallest of
-// them: [state][word][first half: high, low bytes; second half: high, low bytes][byte of the word][16].
+// them: [state][word][first half: high, low bytes; second half: high, low bytes][byte of the word][16]. For the matrix
+// unit: [high, low][state][place][word][4], filled up to 16 states and 64 bytes.
 struct States {
     int64_t batch, words;
+    bool matrix;
+    int64_t padded;  // bytes of a state for the matrix unit
     Lines bytes;
     std::vector<float> step;    // value of an integer, of each state
     std::vector<int32_t> base;  // what is added to its sums
@@ -30,8 +70,12 @@ struct States {
     // x(b, column); the columns meet the first codes of a row, less `middle`, the codes after them count nothing.
     template <class X>
     States(int64_t batch, int64_t columns, int64_t words, int64_t width, float middle, X x)
-        : batch(batch), words(words), bytes(batch * words * (width <= LOOKED_UP ? 256 : 64 / width)), step(batch), base(batch) {
-        if (width > LOOKED_UP) split(columns, width, middle, x);
+        : batch(batch), words(words), matrix(batch >= MANY && matrix_unit()), padded((words * 32 / width + 63) / 64 * 64),
+          bytes(matrix               ? 2 * (batch + 15) / 16 * 16 * padded
+                : width <= LOOKED_UP ? batch * words * 256
+                                     : batch * words * 64 / width),
+          step(batch), base(batch) {
+        if (matrix || width > LOOKED_UP) split(columns, width, middle, x);
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
         else if (width == 2) tabulate<2>(columns, middle, x);
         else tabulate<1>(columns, middle, x);
@@ -39,6 +83,9 @@ struct States {
     }
 
     const int8_t* at(int64_t first, int64_t width) const { return bytes.data<int8_t>() + first * words * (64 / width); }
+    const int8_t* half(int64_t which, int64_t first) const {
+        return bytes.data<int8_t>() + (which * ((batch + 15) / 16 * 16) + first) * padded;
+    }
     const uint8_t* tables(int64_t b) const { return bytes.data() + b * words * 256; }
 
 private:
@@ -53,6 +100,12 @@ private:
             int8_t* to = bytes.data<int8_t>() + (first * words * places + (b - first)) * 8;
             for (int64_t j = 0; j < columns; ++j) {
                 const int64_t byte = j / places, place = j % places;
+                if (matrix) {
+                    const int64_t where = place * words * 4 + byte;
+                    const_cast<int8_t*>(half(0, b))[where] = rounded.high[b * columns + j];
+                    const_cast<int8_t*>(half(1, b))[where] = rounded.low[b * columns + j];
+                    continue;
+                }
                 int8_t* here = to + ((byte / 4) * places + place) * size * 8 + byte % 4;
                 here[0] = rounded.high[b * columns + j];
                 here[4] = rounded.low[b * columns + j];
@@ -227,9 +280,60 @@ void look_up(const uint8_t* tile, const States& x, int64_t first, const float* f
 
 #endif
 
+#if defined(__AMX_INT8__) && defined(__linux__)
+
+// The same by the matrix unit: 16 states times the codes of 32 rows, a byte each, 64 of them at once.
+template <int WIDTH>
+void products_of_matrices(const uint8_t* tile, const States& x, const float* factor, float* sum) {
+    static thread_local std::vector<uint8_t> room;
+    room.resize(std::max<size_t>(room.size(), x.padded * TILE + 64));
+    uint8_t* codes = room.data() + 64 - reinterpret_cast<uintptr_t>(room.data()) % 64;  // [place][word][row][4]
+    for (int place = 0; place < 8 / WIDTH; ++place)
+        for (int64_t i = 0; i < x.words * 4; ++i)
+            store(codes + (place * x.words * 4 + i) * 64, field<WIDTH>(load(tile + i * 64), place));
+    asm volatile("" ::: "memory");  // what follows reads memory that the compiler does not know of
+    for (int64_t b = 0; b < x.batch; b += 16)
+        for (int64_t row = 0; row < TILE; row += 32) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int64_t k = 0; k < x.padded; k += 64) {
+                _tile_loadd(4, x.half(0, b) + k, x.padded);
+                _tile_loadd(5, x.half(1, b) + k, x.padded);
+                _tile_loadd(6, codes + k * TILE + row * 4, TILE * 4);
+                _tile_loadd(7, codes + k * TILE + row * 4 + 64, TILE * 4);
+                _tile_dpbsud(0, 4, 6);
+                _tile_dpbsud(1, 4, 7);
+                _tile_dpbsud(2, 5, 6);
+                _tile_dpbsud(3, 5, 7);
+            }
+            alignas(64) int32_t total[4][16][16];  // high of the first and last rows, low of them
+            _tile_stored(0, total[0], 64);
+            _tile_stored(1, total[1], 64);
+            _tile_stored(2, total[2], 64);
+            _tile_stored(3, total[3], 64);
+            for (int64_t s = 0; s < std::min<int64_t>(16, x.batch - b); ++s) {
+                const Words base = _mm512_set1_epi32(x.base[b + s] >> 7), rest = _mm512_set1_epi32(x.base[b + s] & 127);
+                EACH(part, 2) {
+                    const Words high = _mm512_add_epi32(load(total[part][s]), base);
+                    const Words low = _mm512_add_epi32(load(total[2 + part][s]), rest);
+                    const int64_t first = row + part * LANES;
+                    add(sum + (b + s) * TILE + first, factor + first, x.step[b + s],
+                        _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(128.0f), _mm512_cvtepi32_ps(low)));
+                }
+            }
+        }
+}
+
+#endif
+
 template <int WIDTH>
 void products(const uint8_t* tile, const States& x, const float* factor, float* sum) {
     int64_t b = 0;
+#if defined(__AMX_INT8__) && defined(__linux__)
+    if (x.matrix) return products_of_matrices<WIDTH>(tile, x, factor, sum);
+#endif
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
     if constexpr (WIDTH <= LOOKED_UP) {
         for (; b + 2 <= x.batch; b += 2) look_up<2>(tile, x, b, factor, sum + b * TILE);

@@ -3,7 +3,6 @@
 // A tier's columns come in planes of equal width, in tiles of tiles.hpp, all planes of a tile one after another: memory
 // is read once and in order. Each plane rounds its own columns of scale_t * x, so that fine columns keep their precision.
 
-#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -29,15 +28,15 @@ struct Tier {
 
 }  // namespace
 
-extern "C" const char* instructions() { return INSTRUCTIONS; }
+extern "C" const char* instructions() { return instructions_of_tiles(); }
 
 // tiers: [n][start row, rows, offset into tiles]; planes: [n][tier, width, shift, columns], in the order of the tiles,
 // their columns one after another in `columns`; x: [batch][dim]; scale, offset: [tier][dim]; gain: of each row;
-// row: of each token.
+// row: of each token; scores: room for those of the rows.
 extern "C" void transform_coded_scores(const uint8_t* tiles, const int64_t* tiers, int64_t n_tiers, const int64_t* planes,
                                        int64_t n_planes, const int32_t* columns, const float* x, int64_t dim,
                                        int64_t batch, const float* scale, const float* offset, const float* gain,
-                                       const int32_t* row, const float* base, int64_t vocab, float* out,
+                                       const int32_t* row, const float* base, int64_t vocab, float* scores, float* out,
                                        int64_t threads) {
     std::vector<Tier> all;
     std::vector<Plane> every;
@@ -67,11 +66,11 @@ extern "C" void transform_coded_scores(const uint8_t* tiles, const int64_t* tier
                             [&](int64_t b, int64_t j) { return own[p.column[j]] * x[b * dim + p.column[j]]; });
         for (float& step : states[job]->step) step *= static_cast<float>(1 << p.shift);
     });
-    const std::unique_ptr<float[]> scores(new float[batch * vocab]);  // of the rows
     std::vector<std::pair<const Tier*, int64_t>> jobs;                // a tile each
     for (const Tier& tier : all)
         for (int64_t k = 0; k * TILE < tier.rows; ++k) jobs.emplace_back(&tier, k);
     share(static_cast<int64_t>(jobs.size()), 8, threads, [&](int64_t begin, int64_t end) {
+        const Registers registers(batch);
         std::vector<float> sum(batch * TILE);
         const std::vector<float> ones(TILE, 1.0f);
         for (int64_t job = begin; job < end; ++job) {
