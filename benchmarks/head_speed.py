@@ -138,7 +138,7 @@ def states() -> dict[str, Any]:
                 }
                 with torch.inference_mode():
                     timed = compare(
-                        functions, "dense", rounds=7, seconds=12, clock=time.thread_time
+                        functions, "dense", rounds=5, seconds=30, clock=time.thread_time
                     )
                 by_dtype = found.setdefault(model, {}).setdefault(str(dtype)[6:], {})
                 by_dtype[str(count)] = timed

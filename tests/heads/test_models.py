@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_softheads as sh
+from hf_softheads import kernels
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.stats import HeadStats
 from hf_softheads.plan import dense_head
@@ -112,3 +113,29 @@ def test_trains_without_logits_and_repairs(name: str, patched: Any, tokens: torc
     before = divergence(model, tokens)
     sh.repair_head(model, dense_head(model), tokens, steps=20, batch_size=256)
     assert divergence(model, tokens) < before
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [sh.heads.Quantized(4), sh.heads.TransformCoded(bits=6.0, tiers=2)],
+    ids=lambda s: s.name,
+)
+@torch.no_grad()
+def test_a_model_is_compiled_as_one_graph_with_its_kernels(
+    spec: HeadSpec, tokens: torch.Tensor
+) -> None:
+    torch.compiler.reset()
+    model = sh.patch(
+        make_model("llama", vocab_size=VOCAB), head=spec, attention=sh.attention.SSMax()
+    )
+    expected = model(tokens).logits
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph.code)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+    for operator in ("softheads.scores", "softheads.attention"):
+        assert (operator in graphs[0]) == (kernels.why_not("quantized") is None)
