@@ -93,6 +93,10 @@ def build(
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     for name, buffer in head.named_buffers():
         buffer.copy_(torch.randint(1024 if buffer.dtype == torch.int16 else 256, buffer.shape))
+        if name == "tier_gain":  # rows of one size, tokens of all tiers among each other
+            sizes = torch.tensor([stop - start for start, stop in head.ranges])
+            tiers = torch.arange(len(sizes)).repeat_interleave(sizes)
+            buffer.copy_(tiers[torch.randperm(vocab)] + 16 * 10)
         if name == "bits":  # falling with the column and the tier, as many as there is room for
             fall = (
                 torch.linspace(1, -0.2, dim) * 3.2 * spec.bits + torch.linspace(1, -1, 8)[:, None]
@@ -172,7 +176,9 @@ def busy() -> dict[str, Any]:
                     start = time.perf_counter()
                     head(hidden)
                     taken[threads].append(1e3 * (time.perf_counter() - start))
-            found[name] = {f"{n} threads": statistics.median(ms) for n, ms in taken.items()}
+            found[name] = {
+                f"{n} thread{'s' * (n > 1)}": statistics.median(ms) for n, ms in taken.items()
+            }
             print(f"busy: {name:<34} {found[name]}", flush=True)
     finally:
         other.kill()
@@ -202,8 +208,10 @@ def main() -> None:
     if "steps" in arguments.part:
         kept |= steps(arguments, kept.get("speed", {}) if arguments.only else {})
         write_json(RESULTS, kept)
-    for part in PARTS.keys() & arguments.part:
-        write_json(RESULTS, kept := {**kept, part: PARTS[part]()})
+    for part in PARTS:
+        if part in arguments.part:
+            kept[part] = PARTS[part]()
+            write_json(RESULTS, kept)
 
 
 def steps(arguments: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:

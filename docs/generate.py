@@ -53,6 +53,8 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "head variants": (ROOT / "docs" / "heads.md", heads.head_variants_table),
     "fit": (ROOT / "docs" / "heads.md", heads.fit_table),
     "head speed": (ROOT / "docs" / "heads.md", heads.head_speed_table),
+    "head states": (ROOT / "docs" / "heads.md", heads.head_states_table),
+    "busy": (ROOT / "docs" / "heads.md", heads.busy_table),
     "screens": (ROOT / "docs" / "heads.md", heads.screens_table),
     "confidence": (ROOT / "docs" / "heads.md", heads.confidence_table),
     "losses": (ROOT / "docs" / "losses.md", losses_table),

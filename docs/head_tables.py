@@ -175,6 +175,36 @@ def head_speed_table() -> str:
     )
 
 
+def head_states_table() -> str:
+    """Heads at the sizes of two small models' heads by number of hidden states, from `head_speed.json`."""
+    found = results("head_speed")["states"]
+    counts = list(next(iter(next(iter(found["speed"].values())).values())))
+    table = Table(["model", "dtype", "÷ dense, hidden states:", *counts])
+    for model, by_dtype in found["speed"].items():
+        for dtype, by_count in by_dtype.items():
+            for name in by_count[counts[0]]:
+                if name != "dense":
+                    ratios = (by_count[count][name]["ratio"] for count in counts)
+                    table.add(model, dtype, name, *(f"{ratio:.2f}×" for ratio in ratios))
+    shapes = ", ".join(f"{m}: V={v:,}, D={d}" for m, (v, d) in found["shapes"].items())
+    return (
+        f"{table.markdown()}\n\nRatio to the dense product of the same dtype in the same process, {found['clock']}, "
+        f"kernels: {found['kernel']}. {shapes}. {where(found, '../')}"
+    )
+
+
+def busy_table() -> str:
+    """A decoding step beside a process that keeps a core busy, from `head_speed.json`."""
+    found = results("head_speed")["busy"]
+    table = Table(["beside a busy process", *next(iter(found["ms"].values()))])
+    for name, row in found["ms"].items():
+        table.add(name, *(f"{ms:.2f} ms" for ms in row.values()))
+    return (
+        f"{table.markdown()}\n\nMedian wall time of a step at the size of {found['model']}'s head, bf16, one state, "
+        f"kernels: {found['kernel']}. {where(found, '../')}"
+    )
+
+
 def screens_table() -> str:
     """Whether screens find the right tokens at that size, from `screens.json`."""
     found = results("screens")
