@@ -254,6 +254,11 @@ class ProductVQHead(KernelRowsHead):
         groups, codes, _ = self.weight.shape
         return unpack_bits(self.packed(), self.bits, groups).long(), codes
 
+    def kernel_or_reason(self, hidden: Tensor) -> str | None:
+        if hidden.dtype == torch.float32 and self.kernels == "auto":
+            return "its tables have 8 bits, too few for fp32 hidden states"
+        return super().kernel_or_reason(hidden)
+
     def compiled(self, hidden: Tensor) -> Tensor:
         groups, codes, _ = self.weight.shape
 
