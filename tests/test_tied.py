@@ -59,6 +59,7 @@ def stats() -> HeadStats:
 def expected(model: Any, tokens: Tensor) -> Tensor:
     """Rows that are read off the head's matrix of logits, fp64, with what the embedding keeps of its own."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head.use_kernels("off")
     holder: Any = sh.heads.forms.token_rows.token_rows(head)
     unit = torch.eye(head.in_features)
     bias = holder.scores(torch.zeros_like(unit)).double()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import json
 import weakref
 from typing import Any
 
@@ -40,6 +41,8 @@ WRAPPED: list[HeadSpec] = [
 
 def fitted(spec: HeadSpec, toy: Toy, dtype: torch.dtype = torch.float32, bias: bool = True) -> Any:
     head: Any = spec.module(*toy.shape, bias=bias)
+    if "product_vq" in json.dumps(spec.to_dict()):
+        head.use_kernels("require")  # else it leaves fp32 states to torch
     spec.fit(head, toy.weight, torch.linspace(-1, 1, len(toy.weight)) if bias else None, toy.stats)
     for name, parameter in head.named_parameters():
         if name not in head.keep_in_fp32:
