@@ -23,7 +23,10 @@ def losses_table() -> str:
     table = Table(["loss with gradients", "time ÷ whole logits", "extra memory"])
     for name, row in found["rows"].items():
         table.add(name, f"{row['time']:.3f}", human_bytes(row["mib"] * 2**20))
-    return f"{table.markdown()}\n\n{where(found, '../')}"
+    later = [row["provenance"]["machine"] for row in found["rows"].values() if "provenance" in row]
+    machines = sorted({f"{m['cores']} cores {m['cpu']}" for m in later})
+    others = f"; the last {len(later)} rows: {', '.join(machines)}" if later else ""
+    return f"{table.markdown()}\n\n{where(found, '../')}{others}"
 
 
 def distillation_table() -> str:

@@ -63,7 +63,7 @@ def expected(model: Any, tokens: Tensor) -> Tensor:
     holder: Any = sh.heads.forms.token_rows.token_rows(head)
     unit = torch.eye(head.in_features)
     bias = holder.scores(torch.zeros_like(unit)).double()
-    matrix = (holder.scores(unit).double() - bias).T * embedding.weight.double()
+    matrix = (holder.scores(unit).double() - bias).T * embedding.weight.detach().double()
     matrix[embedding.tokens] = embedding.exact.double()
     return matrix[tokens]
 

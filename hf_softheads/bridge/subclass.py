@@ -18,7 +18,7 @@ from hf_softheads.bridge.attention import IMPLEMENTATION, register, showing
 from hf_softheads.bridge.classifiers import active_classifier, pooling
 from hf_softheads.bridge.family_loss import IGNORE, asks_for_loss, targets_of, without_logits
 from hf_softheads.bridge.fused_head import answered, theirs
-from hf_softheads.bridge.head_weight import guard_weight
+from hf_softheads.bridge.head_weight import guard_again, guard_weight
 from hf_softheads.bridge.heads import active_head, is_hooked
 from hf_softheads.bridge.hidden import CHILD
 from hf_softheads.bridge.step_size import watch_steps
@@ -178,12 +178,16 @@ def subclass_patched(model: PreTrainedModel) -> None:
             module.__class__ = _adopted(module.__class__, module is model, asks_for_loss(module))
     if "forward" in model.__dict__:
         model.forward = model.__dict__["forward"]  # given before the patch: see `answered`
-    for module in (model.get_output_embeddings(), model.get_input_embeddings()):
-        guard_weight(module)  # a checkpoint's parameters take the place of those that were built
+    guard_again(model)  # a checkpoint's parameters take the place of those that were built
+    if guard_again not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(guard_again)
 
 
 def restore_class(model: PreTrainedModel) -> None:
     """Give the original classes back."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is guard_again:
+            del model._forward_pre_hooks[key]
     for module in model.modules():
         if isinstance(module, Patched):
             module.__class__ = module._adopted_from

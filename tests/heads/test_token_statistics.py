@@ -12,6 +12,7 @@ from hf_softheads.bridge import SplitModel
 from hf_softheads.heads import VQ, Dense, Draft, Quantized, base
 from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.forms import matrix_numbers, streamed_rows
+from hf_softheads.training.token_statistics import token_statistics
 from tests.conftest import VOCAB, make_model
 from tests.heads.conftest import Toy
 from tests.heads.test_contract import COMPOSED, NAMES, TRANSFORMS, _Largest, fitted, specs
@@ -195,3 +196,40 @@ def test_of_a_models_head_through_an_objective(family: str, kind: str) -> None:
     assert hidden.grad is not None
     assert hidden.grad[kept].abs().sum() > 0
     assert hidden.grad[~kept].abs().sum() == 0
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_impossible_tokens_of_a_dense_head(toy: Toy) -> None:
+    """A bias of -inf, in the first block, in the last, and in all of one, adds nothing and gives no NaN."""
+    linear = nn.Linear(*toy.weight.shape[::-1])
+    with torch.no_grad():
+        linear.weight.copy_(toy.weight)
+        linear.bias.zero_()
+        for dead in (slice(0, 3), slice(100, 200), slice(250, 256)):
+            linear.bias[dead] = -torch.inf
+    hidden = toy.hidden[:20].clone().requires_grad_()
+    alive = linear.bias.detach().isfinite()
+    labels = torch.arange(20) + 10
+    found = token_statistics(linear, hidden, labels)
+    wanted = by_definition((toy.hidden[:20] @ toy.weight.T)[:, alive], labels - 3, 1.0)
+    for name in ("log_prob", "entropy"):
+        value = getattr(found, name)
+        torch.testing.assert_close(value, wanted[name].float(), rtol=1e-4, atol=2e-5)
+    assert torch.equal(found.argmax, alive.nonzero().squeeze(-1)[wanted["argmax"]])
+    (found.log_prob - found.entropy).sum().backward()
+    grads = [hidden.grad, linear.weight.grad, linear.bias.grad]
+    assert all(g is not None and bool(g.isfinite().all()) for g in grads)
+    assert linear.weight.grad is not None
+    assert float(linear.weight.grad[~alive].abs().max()) < 1e-30
+
+
+def test_room_for_a_block_is_made_once(toy: Toy) -> None:
+    """Each walk over the vocabulary uses the same memory for every block."""
+    walk = matrix_numbers.Walk(TRANSFORMS["none"], 1.0, False, 2**12)
+    hidden, weight = toy.hidden[:8], torch.zeros(1500, toy.hidden.shape[1])
+    found = list(walk.blocks(hidden, weight, None))
+    assert [stop - start for start, stop, *_ in found] == [512, 512, 476]
+    for _, _, scores, first, second in found:
+        assert first.shape == second.shape == scores.shape
+        assert first.data_ptr() == found[0][3].data_ptr()
+        assert second.data_ptr() == found[0][4].data_ptr()

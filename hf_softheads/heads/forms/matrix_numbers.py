@@ -12,6 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from hf_softheads.heads.forms.logit_transform import LogitTransform
 
+_LEAST = (
+    -87.0
+)  # what a logit may lack to the largest: e to it is the smallest number that is not slow
 _COLUMNS = 512  # of a block, at least: narrower matrix products waste the machine
 
 
@@ -25,15 +28,23 @@ class Walk(NamedTuple):
 
     def blocks(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Iterator[tuple[int, int, Tensor]]:
-        width = max(_COLUMNS, self.elements // max(1, len(hidden)))
+    ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+        """Where each block begins and ends, its scores `(n, width)`, and room for as many numbers in fp32, twice.
+
+        On a CPU fresh memory for these would cost more than what is done there.
+        """
+        width = min(len(weight), max(_COLUMNS, self.elements // max(1, len(hidden))))
+        room = hidden.new_empty(2, len(hidden) * width, dtype=torch.float32)
         for start in range(0, len(weight), width):
             stop = min(start + width, len(weight))
             shift = None if bias is None else bias[start:stop].to(hidden.dtype)
-            yield start, stop, F.linear(hidden, weight[start:stop].to(hidden.dtype), shift)
+            scores = F.linear(hidden, weight[start:stop].to(hidden.dtype), shift)
+            first, second = (x[: scores.numel()].view_as(scores) for x in room)
+            yield start, stop, scores, first, second
 
     def logits(self, scores: Tensor) -> Tensor:
-        return self.transform(scores) / self.temperature
+        z = self.transform(scores)
+        return z if self.temperature == 1 else z / self.temperature
 
 
 def of_matrix(
@@ -54,26 +65,26 @@ class _OfMatrix(torch.autograd.Function):
         zero = hidden.new_zeros(len(hidden), dtype=torch.float32)
         top, best = torch.full_like(zero, -torch.inf), torch.zeros_like(labels)
         target, total, spread, plain, twice = (zero.clone() for _ in range(5))
-        for start, stop, scores in walk.blocks(hidden, weight, bias):
+        for start, stop, scores, z, e in walk.blocks(hidden, weight, bias):
+            z = walk.logits(z.copy_(scores))
             rows, columns = _here(labels, start, stop)
-            target[rows] = walk.logits(scores[rows, columns].float())
-            for t in _tiles(scores):
-                z = walk.logits(scores[t].float())
-                high, where = z.max(-1)
-                best[t] = torch.where(high > top[t], where + start, best[t])
-                new = torch.maximum(top[t], high)
-                fall = (top[t] - new).clamp_min(-1e30)  # the first block falls from -inf
-                shrink = fall.exp()
-                if walk.moments:
-                    plain[t] += z.sum(-1)
-                z = z.sub_(new.unsqueeze(-1)).clamp_min_(-1e30)
-                e = z.exp()
-                # Σ e and Σ e·(z − top), moved to the new maximum: no difference of large numbers
-                spread[t] = shrink * (spread[t] + fall * total[t]) + (e * z).sum(-1)
-                total[t] = shrink * total[t] + e.sum(-1)
-                if walk.moments:
-                    twice[t] = shrink.square() * twice[t] + e.square_().sum(-1)
-                top[t] = new
+            target[rows] = z[rows, columns]
+            high = z.amax(-1)
+            higher = (high > top).nonzero().squeeze(-1)  # few, after the first blocks
+            if len(higher):
+                best[higher] = z[higher].argmax(-1) + start
+            new = torch.maximum(top, high)
+            fall = (top - new).clamp_min_(_LEAST)  # the first block falls from -inf
+            shrink, top = fall.exp(), new
+            if walk.moments:
+                plain += z.sum(-1)
+            torch.exp(z.sub_(new.unsqueeze(-1)).clamp_min_(_LEAST), out=e)
+            here = e.sum(-1)
+            # Σ e and Σ e·(z − top), moved to the new maximum: no difference of large numbers
+            spread = shrink * (spread + fall * total) + z.mul_(e).sum(-1)
+            total = shrink * total + here
+            if walk.moments:
+                twice = shrink.square() * twice + e.square_().sum(-1)
         log_total = total.log()
         logsumexp, entropy = top + log_total, log_total - spread / total
         ctx.save_for_backward(hidden, weight, bias, labels, logsumexp, entropy)
@@ -92,12 +103,11 @@ class _OfMatrix(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if of_hidden else None
         grad_weight = torch.empty_like(weight) if of_weight else None
         grad_bias = torch.empty_like(bias) if of_bias else None
-        for start, stop, scores in walk.blocks(hidden, weight, bias):
-            for t in _tiles(scores):
-                slope = grad[t, 0].unsqueeze(-1), grad[t, 1].unsqueeze(-1)
-                place = _here(labels[t], start, stop)
-                numbers = logsumexp[t].unsqueeze(-1), entropy[t].unsqueeze(-1)
-                scores[t] = _gradient(scores[t].float(), walk, numbers, slope, place)
+        numbers = logsumexp.unsqueeze(-1), entropy.unsqueeze(-1)
+        slope = grad[:, 0].unsqueeze(-1), grad[:, 1].unsqueeze(-1)
+        for start, stop, scores, z, p in walk.blocks(hidden, weight, bias):
+            place = _here(labels, start, stop)
+            scores.copy_(_gradient(z.copy_(scores), p, walk, numbers, slope, place))
             if grad_hidden is not None:
                 grad_hidden += scores @ weight[start:stop].to(scores.dtype)
             if grad_weight is not None:
@@ -110,19 +120,25 @@ class _OfMatrix(torch.autograd.Function):
 
 def _gradient(
     scores: Tensor,
+    p: Tensor,
     walk: Walk,
     numbers: tuple[Tensor, Tensor],
     slope: tuple[Tensor, Tensor],
     place: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """With respect to a tile of scores: `∂ log p_y = 1[y] − p`, `∂ H = −p (log p + H)`, through the transform."""
-    log_p = walk.logits(scores).sub_(numbers[0]).clamp_min_(-1e30)
-    p = log_p.exp()
-    g = log_p.add_(numbers[1]).mul_(slope[1]).add_(slope[0]).mul_(p).neg_()
+    """With respect to a block of scores: `∂ log p_y = 1[y] − p`, `∂ H = −p (log p + H)`, through the transform.
+
+    The scores are overwritten, and `p`, which is as large.
+    """
+    log_p = walk.logits(scores).sub_(numbers[0]).clamp_min_(_LEAST)
+    torch.exp(log_p, out=p)
+    # −p (s₀ + s₁ (log p + H))
+    g = torch.addcmul(-(slope[0] + slope[1] * numbers[1]), log_p, -slope[1], out=log_p).mul_(p)
     rows, columns = place
     g[rows, columns] += slope[0][rows, 0]
     if walk.transform.scale is not None:
-        return g.mul_(walk.transform.scale / walk.temperature)
+        factor = walk.transform.scale / walk.temperature
+        return g if factor == 1 else g.mul_(factor)
     with torch.enable_grad():
         leaf = scores.detach().requires_grad_()
         (found,) = torch.autograd.grad(walk.logits(leaf), leaf, g)
@@ -133,10 +149,3 @@ def _here(labels: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Rows whose label is in `[start, stop)`, and its place there."""
     rows = ((labels >= start) & (labels < stop)).nonzero().squeeze(-1)
     return rows, labels[rows] - start
-
-
-def _tiles(scores: Tensor) -> Iterator[slice]:
-    """Rows of a block whose element-wise work stays in a CPU's cache."""
-    n, width = scores.shape
-    rows = max(1, (2**17 if scores.device.type == "cpu" else 2**25) // width)
-    return (slice(i, min(i + rows, n)) for i in range(0, n, rows))
