@@ -182,9 +182,6 @@ def register() -> None:
 _CROSS = ("cross", "encoder_attn", "encdec")  # in the names of layers that attend to an encoder
 
 
-_CROSS = ("cross", "encoder_attn", "encdec")  # in the names of layers that attend to an encoder
-
-
 def attention_layers(model: nn.Module) -> dict[int, tuple[str, Any]]:
     """`{index: (path, module)}` of the self-attention layers that call the attention interface, in order.
 

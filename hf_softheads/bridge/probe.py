@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -44,7 +44,7 @@ def probe(model: PreTrainedModel, variants: dict[int, AttentionVariant]) -> None
     """Run a few tokens: every chosen layer must have been called, with nothing it would wrongly ignore.
 
     Raises:
-        ValueError: one was not, or is given what it would ignore.
+        ValueError: one was not, or is given what it would ignore; or the model does not run on tokens alone.
     """
     modes = {module: module.training for module in model.modules()}
     calls: dict[int, list[set[str]]] = {index: [] for index in variants}
@@ -52,9 +52,12 @@ def probe(model: PreTrainedModel, variants: dict[int, AttentionVariant]) -> None
         variant.__dict__["probe"] = calls[index]
     try:
         model.eval()
-        tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)  # 0 is in any vocabulary
-        both = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
-        model(input_ids=tokens, use_cache=False, **both)
+        model(**_few_tokens(model), use_cache=False)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} could not be run on a few tokens to see that its attention is computed by what "
+            f"was put in: {error}"
+        ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -71,3 +74,18 @@ def probe(model: PreTrainedModel, variants: dict[int, AttentionVariant]) -> None
             f"{type(model).__name__} passes {', '.join(sorted(unknown))} to its attention, which this variant would "
             "ignore; its outputs would be silently wrong"
         )
+
+
+def _few_tokens(model: PreTrainedModel) -> dict[str, Any]:
+    """What a model can be called with; a decoder that listens gets an encoder's output, since only its own layers are
+    of interest."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    tokens = torch.zeros(1, 4, dtype=torch.long, device=model.device)  # 0 is in any vocabulary
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": tokens}
+    if model.main_input_name == "input_ids":
+        return {"input_ids": tokens, "decoder_input_ids": tokens}
+    width = model.config.get_text_config().hidden_size
+    heard = torch.zeros(1, 4, width, device=model.device, dtype=model.dtype)
+    return {"decoder_input_ids": tokens, "encoder_outputs": BaseModelOutput(heard)}

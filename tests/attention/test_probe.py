@@ -53,6 +53,18 @@ def test_a_layer_that_is_never_called(layers: Any, tokens: Tensor) -> None:
     sh.patch(model, attention=sa.Softmax(), layers=[0])
 
 
+def test_a_model_that_does_not_run_on_tokens(tokens: Tensor) -> None:
+    model = make_model("llama")
+    layer, own = model.model.layers[1], model.model.layers[1].forward
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        image = None if hidden.shape[1] == 4 else hidden
+        return own(image.to(hidden.dtype), *args, **kwargs)  # type: ignore[union-attr]
+
+    layer.forward = forward
+    refused(model, tokens, r"LlamaForCausalLM could not be run on a few tokens.*no attribute 'to'")
+
+
 def test_nothing_is_left_of_the_trial_run(tokens: Tensor) -> None:
     model = make_model("llama").train()
     sh.patch(model, attention=sa.Softpick())
