@@ -124,3 +124,31 @@ def test_a_masked_model_s_bias(tokens: Tensor, tmp_path: Any) -> None:
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, wanted)
     sh.unpatch(model)
     assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
+
+
+@pytest.mark.parametrize("spec", [sh.heads.Dense(), sh.heads.VQ(codes=16)], ids=lambda s: s.name)
+def test_a_table_that_the_family_sets_with_the_head(spec: Any, tmp_path: Any) -> None:
+    """T5Gemma gives its decoder's embedding the `weight` of whatever becomes its head."""
+    side = {
+        "vocab_size": SMALL,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("t5gemma", encoder=side, decoder=side, vocab_size=SMALL)
+    model, batch = AutoModelForSeq2SeqLM.from_config(config).eval(), pairs()
+    table, wanted = model.get_decoder().embed_tokens.weight, model(**batch).logits
+    sh.patch(model, head=spec, tie=False)
+    assert model.get_decoder().embed_tokens.weight is table
+    found = model(**batch).logits
+    assert spec.name != "dense" or torch.equal(found, wanted)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert torch.equal(again(**batch).logits, found)
+    sh.unpatch(model)
+    assert torch.equal(model(**batch).logits, wanted)
+    assert model.get_decoder().embed_tokens.weight is model.get_output_embeddings().weight

@@ -63,7 +63,11 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         guard_weight(new_embeddings)
+        tables = [(m, m.weight) for m in self.modules() if isinstance(m, nn.Embedding)]
         super().set_output_embeddings(new_embeddings)
+        for module, weight in tables if isinstance(new_embeddings, Head) else ():
+            if module.weight is not weight:  # T5Gemma puts the head's there, whatever it is
+                module.weight, module.num_embeddings = weight, len(weight)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         wanted = attn_implementation
