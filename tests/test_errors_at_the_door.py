@@ -654,6 +654,16 @@ def test_a_head_that_the_checkpoint_lacks(tmp_path):
         sh.patch(model, head=sh.heads.VQ(codes=24))
 
 
+def test_a_head_that_a_pickled_checkpoint_lacks(tmp_path):
+    made = make_model("llama")
+    made.config.save_pretrained(tmp_path)
+    torch.save(made.state_dict(), tmp_path / "pytorch_model.bin")
+    sh.patch(AutoModelForCausalLM.from_pretrained(tmp_path), head="dense")
+    torch.save(made.model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"lm_head\.weight was not in the checkpoint"):
+        sh.patch(AutoModelForCausalLM.from_pretrained(tmp_path), head="dense")
+
+
 def test_a_head_of_which_the_checkpoint_lacks_the_bias(tmp_path):
     config = AutoConfig.for_model("bert", **SIZES)
     AutoModel.from_config(config).save_pretrained(tmp_path)

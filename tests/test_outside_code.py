@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import hf_softheads as sh
 from hf_softheads.plan import plan_of
@@ -47,6 +47,17 @@ def test_an_adapter_on_the_head_is_refused_until_it_is_merged(
     assert torch.equal(model(input_ids=tokens).logits, wanted)
     merged = model.merge_and_unload()
     sh.patch(merged, head=sh.heads.Dense())
+    torch.testing.assert_close(merged(tokens).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_on_a_head_that_was_loaded(tokens: Tensor, tmp_path: Any) -> None:
+    """Its matrices are in no checkpoint, but that is not what is wrong with it."""
+    make_model("llama").save_pretrained(tmp_path)
+    model = lora(AutoModelForCausalLM.from_pretrained(tmp_path), target_modules=["lm_head"])
+    wanted = model(input_ids=tokens).logits
+    with pytest.raises(ValueError, match=r"lm_head.*merge_and_unload"):
+        sh.patch(model, head=sh.heads.Dense())
+    merged = sh.patch(model.merge_and_unload(), head=sh.heads.Dense())
     torch.testing.assert_close(merged(tokens).logits, wanted, atol=1e-4, rtol=1e-4)
 
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,18 +67,18 @@ def check_loaded(model: PreTrainedModel, path: str, head: nn.Module) -> None:
 
 
 def _checkpoint_names(model: PreTrainedModel) -> set[str]:
-    """The tensors in the checkpoint that a model was loaded from; none where it is not at hand as safetensors."""
-    index, whole = (
-        local_file(model, name) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
-    )
+    """The tensors in the checkpoint that a model was loaded from; none where it is not at hand."""
     try:
-        if index is not None:
-            return set(json.loads(index.read_text())["weight_map"])
-        if whole is not None:
-            with safe_open(str(whole), framework="pt") as file:
-                return set(file.keys())
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return set()  # replaced since
+        for index in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+            if (file := local_file(model, index)) is not None:
+                return set(json.loads(file.read_text())["weight_map"])
+        if (file := local_file(model, SAFE_WEIGHTS_NAME)) is not None:
+            with safe_open(str(file), framework="pt") as whole:
+                return set(whole.keys())
+        if (file := local_file(model, WEIGHTS_NAME)) is not None:
+            return set(torch.load(file, map_location="meta", weights_only=True, mmap=True))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError):
+        pass  # replaced since, or of an old format
     return set()
 
 

@@ -37,8 +37,8 @@ class LMHead(Site):
         spec, weight = part.value, dense.weight
         bias: Tensor | None = getattr(dense, "bias", None)
         _check_matrix(path, weight, bias)
-        bridge.check_loaded(model, path, dense)
         bridge.check_linear(path, dense)
+        bridge.check_loaded(model, path, dense)
         transform = _rising_transform(model)
         vocab, dim = weight.shape
         spec.check(dim, vocab)
