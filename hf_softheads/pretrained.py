@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from hf_softheads.bridge.kinds import diffusers_class
 from hf_softheads.files import read_json
 from hf_softheads.registry import did_you_mean
@@ -55,6 +57,11 @@ class NamedModel:
                 model, report = AutoModelForCausalLM.from_pretrained(
                     self.name, dtype=dtype, output_loading_info=True
                 )
+        except SafetensorError as error:
+            raise OSError(
+                f"cannot load {self.name!r}: its weights are truncated or damaged ({_first_line(error)}); download "
+                "them again"
+            ) from error
         except _ERRORS as error:
             raise OSError(f"cannot load {self.name!r}: {_first_line(error)}") from error
         missing = sorted(report["missing_keys"])
@@ -78,8 +85,9 @@ def find(name: str) -> NamedModel:
     from transformers import AutoConfig, AutoTokenizer
 
     place = str(embedded.FOLDER) if name == embedded.NAME else name
+    place_of_config = _place_of_config(place)
     try:
-        config = AutoConfig.from_pretrained(_place_of_config(place))
+        config = AutoConfig.from_pretrained(place_of_config)
     except _ERRORS as error:
         if not Path(name).exists():
             raise OSError(_not_there(name, _first_line(error))) from error
@@ -100,7 +108,7 @@ def _place_of_config(name: str) -> str:
     folder = Path(name)
     if folder.is_file():
         raise OSError(f"cannot load {name!r}: it is a file; give the folder that it is in")
-    if not folder.is_dir():
+    if not name or not folder.is_dir():
         if _looks_like_path(name):
             raise OSError(_not_there(name))
         return name

@@ -267,7 +267,28 @@ def test_folders_that_hold_no_model(tmp_path, capsys):
     config.write_text("{")
     assert f"{config} is not JSON (line 1, column 2" in refuses_model(capsys, tmp_path, folder)
     config.write_text("[]")
-    assert "its config.json names no model_type" in refuses_model(capsys, tmp_path, folder)
+    error = refuses_model(capsys, tmp_path, folder)
+    assert "its config.json names no model_type" in error
+    assert error.count("cannot load") == 1
+    assert "cannot load '': no such folder" in refuses_model(capsys, tmp_path, "")
+
+
+def test_damaged_weights(tmp_path, capsys):
+    model, tokenizer = embedded.load_embedded()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    error = refuses_model(capsys, tmp_path, tmp_path / "model")
+    assert "its weights are truncated or damaged" in error
+
+
+def test_more_tokens_than_positions(text, tmp_path, capsys):
+    _, tokenizer = embedded.load_embedded()
+    settings = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 1, "n_head": 2}
+    saved(tmp_path / "model", "gpt2", AutoModelForCausalLM, n_positions=32, **settings)
+    error = fails(capsys, "eval", tmp_path / "model", "--data", text, "--window", "64")
+    assert "rows of 64 tokens were given, but GPT2LMHeadModel has a table of 32 positions" in error
 
 
 # -- texts and results that cannot be used -----------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def attention_layers(model: nn.Module) -> dict[int, tuple[str, Any]]:
     Of a model that reads images or sound besides text, those of its language model alone.
     """
     found: dict[int, tuple[str, Any]] = {}
-    within = _language_model(model)
+    within = language_modules(model)
     for path, module in model.named_modules():
         if not _calls_interface(module.__class__) or getattr(module, "is_cross_attention", False):
             continue
@@ -207,7 +207,7 @@ def modalities(model: Any) -> tuple[str, ...]:
     return (found,) if isinstance(found, str) else tuple(found)
 
 
-def _language_model(model: nn.Module) -> set[nn.Module] | None:
+def language_modules(model: nn.Module) -> set[nn.Module] | None:
     """The modules of the language model inside a multi-modal one; None for a model of one kind of input."""
     from transformers import PreTrainedModel
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from hf_softheads.bridge.attention import language_modules
 from hf_softheads.bridge.heads import transformers_model
 
 
 def check_tokens(model: Any, ids: Tensor, labels: Tensor | None = None) -> None:
-    """Raise ValueError unless `ids`, and `labels` but for -100, are of the vocabulary; TypeError for no model."""
+    """Are `ids`, and `labels` but for -100, of the vocabulary, and no more in a row than the model has positions for?
+
+    Raises:
+        TypeError: `model` is not a transformers model.
+        ValueError: they are not.
+    """
     base = transformers_model(model)
     known = getattr(base.get_input_embeddings(), "num_embeddings", None)
     for name, tensor in (("token ids", ids), ("labels", labels)):
@@ -28,3 +34,23 @@ def check_tokens(model: Any, ids: Tensor, labels: Tensor | None = None) -> None:
                 f"{name} from {low} to {high} were given, but {type(base).__name__} knows 0 to "
                 f"{'…' if known is None else known - 1}; is the tokenizer another model's?"
             )
+    positions = _positions(base)
+    if positions is not None and ids.shape[-1] > positions:
+        raise ValueError(
+            f"rows of {ids.shape[-1]} tokens were given, but {type(base).__name__} has a table of {positions} "
+            "positions; give a smaller window"
+        )
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens a model whose positions are rows of a table can read; None for other models."""
+    within = language_modules(model)
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        table = isinstance(module, nn.Embedding) and (name == "wpe" or "position" in name)
+        if table and (within is None or module in within):
+            limit: int | None = getattr(
+                model.config.get_text_config(), "max_position_embeddings", None
+            )
+            return limit
+    return None
