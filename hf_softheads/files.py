@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_SHARD = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors")
 _ROOM = 1.02  # times the bytes of the tensors: headers, the tokenizer, the card
 
 
@@ -69,6 +71,15 @@ def filling(folder: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
         if new and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def remove_other_shards(folder: Path, written: set[str]) -> None:
+    """Shards of an earlier save of the same weights, which a loader might take for these: as transformers does."""
+    weights = {found[1] for name in written if (found := _SHARD.fullmatch(name))}
+    for path in folder.iterdir():
+        found = _SHARD.fullmatch(path.name)
+        if found and found[2] and found[1] in weights and path.name not in written:
+            path.unlink()
 
 
 def check_output(folder: Path, nbytes: float = 0, *, filled: bool = False) -> None:

@@ -332,6 +332,40 @@ def test_a_batch_of_the_wrong_shape(model, door, batch, message):
         TEXTS[door](model, batch)
 
 
+@pytest.mark.parametrize("door", ["collect", "evaluate"])
+@pytest.mark.parametrize("data", [None, 3])
+def test_what_is_no_text(model, door, data):
+    with refused(model, ValueError, f"expected text, a path, .* got {type(data).__name__}"):
+        TEXTS[door](model, data)
+
+
+def test_what_are_no_statistics(model):
+    with refused(model, TypeError, r"stats are what sh\.collect\(model, text\) returns, got str"):
+        sh.patch(model, head=sh.heads.VQ(codes=24), stats="text")
+    with refused(model, TypeError, "stats are what .* got NoneType"):
+        sh.choose(model, None, bits=4)
+
+
+@pytest.mark.parametrize(
+    ("attention", "layers", "message"),
+    [
+        ({}, None, r"attention=\{\} selects no layer"),
+        ({0.5: "softmax"}, None, "a layer is an integer, got 0.5"),
+        ("softmax", [0.5], "a layer is an integer, got 0.5"),
+        ("softmax", 1, "layers is a list of layer indices, got 1"),
+    ],
+)
+def test_layers_that_are_none(model, attention, layers, message):
+    with refused(model, ValueError, message):
+        sh.patch(model, attention=attention, layers=layers)
+
+
+@pytest.mark.parametrize("losses", ["kl", ["kl"], {"cross_entropy": "1"}])
+def test_losses_without_weights(model, losses):
+    with refused(model, ValueError, "losses are a dictionary|must be a number, got '1'"):
+        sh.Objective(model, losses)
+
+
 def test_text_where_windows_are_wanted(model):
     sh.patch(model, head=sh.heads.VQ(codes=24))
     for rows in ("text", [IDS], None, (IDS,)):
@@ -602,6 +636,26 @@ def test_a_truncated_file(length, tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:length])
     loading(tmp_path, r"model\.safetensors is truncated or damaged .*; download or export it again")
+
+
+@pytest.mark.parametrize(
+    ("parts", "name"),
+    [
+        ({"head": sh.heads.VQ(codes=24)}, "lm_head.codes"),
+        ({"head": sh.heads.Quantized(bits=4)}, "lm_head.codes4"),
+        ({"head": sh.heads.Temperature(inner=sh.heads.VQ(codes=24))}, "lm_head.inner.weight"),
+        ({"attention": "ssmax"}, "model.layers.1.self_attn.softheads.s"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_tensor_that_is_missing(parts, name, tmp_path):
+    """It would be left at random, codes as whatever was in memory."""
+    saved(tmp_path, **parts)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loading(tmp_path, rf"{tmp_path} does not hold {re.escape(name)}, which the plan")
 
 
 @pytest.mark.parametrize(

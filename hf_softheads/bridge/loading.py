@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,11 @@ from transformers.utils import (
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
 )
+
+from hf_softheads.attention.base import AttentionVariant
+from hf_softheads.classifiers.base import PooledClassifier
+from hf_softheads.embeddings.head_rows import RowsEmbedding
+from hf_softheads.heads.base import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +70,23 @@ def check_loaded(model: PreTrainedModel, path: str, head: nn.Module) -> None:
                 f"checkpoint with a trained head. If you have trained it since, save {type(model).__name__} and load "
                 "that"
             )
+
+
+def check_complete(model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Refuse a checkpoint that lacks tensors of what was put in: codes would be whatever lies in memory.
+
+    Raises:
+        ValueError: names what it lacks.
+    """
+    ours = (Head, AttentionVariant, PooledClassifier, RowsEmbedding)
+    paths = tuple(f"{path}." for path, m in model.named_modules() if isinstance(m, ours))
+    lacking = sorted(name for name in missing if name.startswith(paths))
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise ValueError(
+            f"{model.name_or_path} does not hold {', '.join(lacking[:3])}{more}, which the plan in its config.json "
+            "asks for; the folder is damaged, export or download it again"
+        )
 
 
 def _checkpoint_names(model: PreTrainedModel) -> set[str]:

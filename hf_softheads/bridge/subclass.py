@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +20,7 @@ from hf_softheads.bridge.fused_head import answered, theirs
 from hf_softheads.bridge.head_weight import guard_again, guard_weight
 from hf_softheads.bridge.heads import active_head, is_hooked
 from hf_softheads.bridge.hidden import CHILD
+from hf_softheads.bridge.loading import check_complete
 from hf_softheads.bridge.step_size import watch_steps
 from hf_softheads.bridge.ties import without_heads
 from hf_softheads.classifiers.base import PooledClassifier
@@ -80,6 +80,11 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
             )
         super().set_attn_implementation(wanted, *args, **kwargs)
 
+    def _adjust_missing_and_unexpected_keys(self, *args: Any, **kwargs: Any) -> None:
+        super()._adjust_missing_and_unexpected_keys(*args, **kwargs)
+        for found in (*args, *kwargs.values()):
+            check_complete(self, getattr(found, "missing_keys", ()))
+
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -135,7 +140,7 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
             return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         with files.filling(Path(save_directory)) as fresh:
             result = super().save_pretrained(fresh, is_main_process, *args, **kwargs)
-            _remove_other_shards(Path(save_directory), {path.name for path in fresh.iterdir()})
+            files.remove_other_shards(Path(save_directory), {path.name for path in fresh.iterdir()})
         return result
 
     @property
@@ -336,15 +341,3 @@ def _loss_from_head(
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and torch.equal(a, b.to(a.device)))
-
-
-_SHARD = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors")
-
-
-def _remove_other_shards(folder: Path, written: set[str]) -> None:
-    """Shards of an earlier save of the same weights, which a loader might take for these: as transformers does."""
-    weights = {found[1] for name in written if (found := _SHARD.fullmatch(name))}
-    for path in folder.iterdir():
-        found = _SHARD.fullmatch(path.name)
-        if found and found[2] and found[1] in weights and path.name not in written:
-            path.unlink()

@@ -135,3 +135,11 @@ def _users_level() -> int:
     ):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def check_stats(stats: object) -> None:
+    """Raise TypeError unless these are statistics."""
+    if not isinstance(stats, HeadStats):
+        raise TypeError(
+            f"stats are what sh.collect(model, text) returns, got {type(stats).__name__}"
+        )

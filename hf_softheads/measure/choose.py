@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from hf_softheads import bridge
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.stats import HeadStats
+from hf_softheads.heads.stats import HeadStats, check_stats
 from hf_softheads.heads.transform_coded import TransformCoded
 from hf_softheads.measure.divergence import from_dense
 from hf_softheads.measure.sizes import stored_bits
@@ -72,12 +73,13 @@ def choose(
             budget.
 
     Raises:
-        TypeError: `model` is not a transformers model.
+        TypeError: `model` is not a transformers model, or `stats` not what `collect` returns.
         ValueError: not exactly one budget, statistics of another model or of fewer than 4 hidden states, or no
             candidate within the budget (the message names the smallest).
     """
     base, weight, bias = _dense(model)
     vocab, dim = weight.shape
+    check_stats(stats)
     stats.check(dim, vocab, least=_NEEDED)
     sized = within_budget(model, bits=bits, nbytes=nbytes, candidates=candidates)
     count = min(_HELD_OUT, len(stats.states) // 4)
@@ -117,6 +119,9 @@ def within_budget(
     vocab, dim = weight.shape
     if (bits is None) == (nbytes is None):
         raise ValueError("give one budget: bits=… per weight, or nbytes=…")
+    given = bits if bits is not None else nbytes
+    if not isinstance(given, Real) or not 0 < given < math.inf:
+        raise ValueError(f"a budget is a finite number above 0, got {given!r}")
     budget = float(bits) if bits is not None else 8 * float(nbytes or 0) / weight.numel()
     ladders = _ladders(dim, vocab, budget) if candidates is None else [list(candidates)]
     sized: list[tuple[float, HeadSpec]] = []
@@ -127,8 +132,10 @@ def within_budget(
         fitting_in = [pair for pair in zip(sizes, ladder, strict=True) if pair[0] <= budget]
         sized += fitting_in if candidates is not None else fitting_in[-2:]
     if not sized:
+        asked = f"{budget:.4g} bits per weight" + (f" ({nbytes:g} bytes)" if bits is None else "")
         raise ValueError(
-            f"no head fits into {budget:.3f} bits per weight; the smallest candidate takes {smallest:.3f}"
+            f"no head fits into {asked}; the smallest candidate takes {smallest:.4g} "
+            f"({smallest * weight.numel() / 8:,.0f} bytes)"
         )
     return sized
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ class Attention(Site):
 
     def parse(self, value: Any, options: Mapping[str, Any]) -> Part:
         if isinstance(value, Mapping) and "name" not in value:
+            if not value:
+                raise ValueError("attention={} selects no layer; give {layer: variant}")
             value = {_index(i): spec_from_dict(self.kind, spec) for i, spec in value.items()}
         else:
             value = spec_from_dict(self.kind, value)
@@ -170,6 +173,6 @@ def _by_layer(part: Part, count: int) -> dict[int, AttentionSpec]:
 
 def _index(value: Any) -> int:
     try:
-        return int(value)
+        return int(value) if isinstance(value, str) else operator.index(value)  # a string from JSON
     except (TypeError, ValueError):
         raise ValueError(f"a layer is an integer, got {value!r}") from None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_softheads import bridge
 from hf_softheads.heads.base import Head, LogitTransform
+from hf_softheads.heads.stats import check_stats
 from hf_softheads.sites.base import Fitting, Part, Row, Site
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class LMHead(Site):
         vocab, dim = weight.shape
         spec.check(dim, vocab)
         if fitting.stats is not None:
+            check_stats(fitting.stats)
             fitting.stats.check(dim, vocab)
         with torch.device(weight.device):
             head: Head = spec.module(dim, vocab, bias=bias is not None)

@@ -133,8 +133,13 @@ def documents(data: Any) -> list[str]:
         if "text" not in (data.column_names or []):
             raise ValueError(f"the dataset has no 'text' column, only {data.column_names}")
         texts = list(data["text"])
-    else:
+    elif isinstance(data, Iterable):
         texts = list(data)
+    else:
+        raise ValueError(
+            "expected text, a path, a datasets object, a token tensor or a dictionary with input_ids, got "
+            f"{type(data).__name__}"
+        )
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(
             f"expected text, got {type(next(t for t in texts if not isinstance(t, str))).__name__}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -104,9 +105,7 @@ class Objective:
                 f"{type(teacher).__name__}"
             )
         self.model = model
-        self.losses: dict[LossSpec, float] = {
-            spec_from_dict("loss", loss): float(weight) for loss, weight in losses.items()
-        }
+        self.losses = _weighted(losses)
         self.teacher = teacher
         reader = SplitModel(transformers_model(model))
         self.vocab, self.transform = reader.vocab, reader.transform
@@ -279,6 +278,17 @@ class Objective:
         self._out = out
 
 
+def _weighted(losses: Any) -> dict[LossSpec, float]:
+    if not isinstance(losses, Mapping):
+        raise ValueError(
+            f"losses are a dictionary with their weights, such as {{losses.KL(): 1.0}}, got {losses!r}"
+        )
+    for loss, weight in losses.items():
+        if not isinstance(weight, Real):
+            raise ValueError(f"the weight of the loss {loss!r} must be a number, got {weight!r}")
+    return {spec_from_dict("loss", loss): float(weight) for loss, weight in losses.items()}
+
+
 def _check_labels(chosen: Tensor, vocab: int) -> None:
     if not chosen.numel():
         return
@@ -309,7 +319,7 @@ def _check_losses(losses: Mapping[LossSpec, float], teacher: Teacher, vocab: int
     if teacher is None:
         if wanting:
             raise ValueError(
-                f"{', '.join(wanting)} compare with a teacher: pass teacher=, a dense matrix (V, D), a head "
+                f"{', '.join(wanting)} needs a teacher to compare with: pass teacher=, a dense matrix (V, D), a head "
                 "module, or another model of the same vocabulary"
             )
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -70,8 +71,13 @@ def test_budget_in_bytes(case: tuple[Any, Toy]) -> None:
 
 def test_refuses_a_budget_nothing_reaches(case: tuple[Any, Toy]) -> None:
     model, toy = case
-    with pytest.raises(ValueError, match=r"no head fits into 0.010 bits per weight; the smallest"):
+    with pytest.raises(ValueError, match=r"no head fits into 0\.01 bits per weight; the smallest"):
         choose(model, toy.stats, bits=0.01)
+    with pytest.raises(ValueError, match=r"\(9 bytes\); the smallest candidate takes .* bytes\)"):
+        choose(model, toy.stats, nbytes=9)
+    for budget in (0, math.nan, math.inf, "4"):
+        with pytest.raises(ValueError, match="a budget is a finite number above 0, got"):
+            choose(model, toy.stats, bits=budget)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("budget", [{}, {"bits": 4.0, "nbytes": 1000}])

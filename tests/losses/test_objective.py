@@ -635,7 +635,7 @@ def test_other_logits_than_the_trace_promises_are_refused(hook: bool) -> None:
     [
         (lambda m: Objective(m, {}), "at least one loss"),
         (lambda m: Objective(m, {"cross_entropy": float("nan")}), "weight of cross_entropy is nan"),
-        (lambda m: Objective(m, {"kl": 1.0}), "kl compare with a teacher"),
+        (lambda m: Objective(m, {"kl": 1.0}), "kl needs a teacher to compare with"),
         (lambda m: Objective(m, {"cross_entropy": 1.0}, torch.zeros(V, D)), "none of the losses"),
         (lambda m: Objective(m, {"kl": 1.0}, torch.zeros(V + 1, D)), "98 tokens, the model 97"),
         (lambda m: Objective(m, {"hidden_mse": 1.0}, torch.zeros(V, D)), "another model"),
