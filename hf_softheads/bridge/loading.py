@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -91,6 +89,8 @@ def check_complete(model: PreTrainedModel, missing: Iterable[str]) -> None:
 
 def _checkpoint_names(model: PreTrainedModel) -> set[str]:
     """The tensors in the checkpoint that a model was loaded from; none where it is not at hand."""
+    from transformers.modeling_utils import load_state_dict
+
     try:
         for index in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
             if (file := local_file(model, index)) is not None:
@@ -99,8 +99,8 @@ def _checkpoint_names(model: PreTrainedModel) -> set[str]:
             with safe_open(str(file), framework="pt") as whole:
                 return set(whole.keys())
         if (file := local_file(model, WEIGHTS_NAME)) is not None:
-            return set(torch.load(file, map_location="meta", weights_only=True, mmap=True))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError):
+            return set(load_state_dict(str(file), map_location="meta"))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError):
         pass  # replaced since, or of an old format
     return set()
 

@@ -134,6 +134,9 @@ def main(words: list[str]) -> int:
     chosen = [
         m for m in MUTANTS if not words or any(w in f"{m.file} {m.test} {m.why}" for w in words)
     ]
+    if not chosen:
+        print(f"no fault's file, test or reason contains {' or '.join(words)}")
+        return 1
     import_what_is_slow()
     running: dict[int, Run] = {}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutants.mutants import MUTANTS, Mutant
-from tests.mutants.run import verdict
+from tests.mutants.run import main, verdict
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,3 +44,8 @@ def test_no_fault_is_listed_twice() -> None:
 def test_only_a_failed_test_catches_a_fault(code: int, output: str, problem: str | None) -> None:
     found = verdict(code, output)
     assert found is None if problem is None else str(found).startswith(problem)
+
+
+def test_a_word_that_no_fault_contains(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--no-such-word"]) == 1
+    assert capsys.readouterr().out == "no fault's file, test or reason contains --no-such-word\n"
