@@ -25,15 +25,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent))
-from timing import peak_memory
-
 import hf_softheads as sh
 from hf_softheads import heads
 from hf_softheads.files import write_json
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.stats import HeadStats
 from hf_softheads.losses.base import kl_divergence
+from hf_softheads.measure.memory import peak_memory
 from hf_softheads.registry import variants
 from hf_softheads.report.provenance import provenance
 

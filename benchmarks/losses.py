@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
-from timing import peak_memory
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,6 +32,7 @@ import hf_softheads as sh
 from hf_softheads import losses
 from hf_softheads.files import write_json
 from hf_softheads.heads import VQ
+from hf_softheads.measure.memory import peak_memory
 from hf_softheads.report.provenance import provenance
 from hf_softheads.report.tables import Table
 from hf_softheads.training.token_statistics import token_statistics

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,21 +113,3 @@ def _waited() -> float:
         with contextlib.suppress(OSError):  # a thread that has just ended
             total += int(task.read_text().split()[1])
     return total / 1e9
-
-
-@contextlib.contextmanager
-def peak_memory() -> Iterator[dict[str, int]]:
-    """Measure the growth of the resident size at its peak: `{"bytes": …}` after the block. Linux only."""
-    found: dict[str, int] = {}
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present size
-    before = _status("VmRSS")
-    yield found
-    found["bytes"] = max(0, _status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")

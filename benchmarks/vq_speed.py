@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import compare, peak_memory
+from timing import compare
 
 import hf_softheads as sh
 from hf_softheads.files import write_json
 from hf_softheads.heads.fit.kmeans import kmeans
+from hf_softheads.measure.memory import peak_memory
 from hf_softheads.report.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"

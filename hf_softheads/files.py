@@ -113,6 +113,18 @@ def check_output(folder: Path, nbytes: float = 0, *, filled: bool = False) -> No
         raise OSError(f"{folder} needs {human_bytes(nbytes)}, only {human_bytes(free)} are free")
 
 
+def check_output_file(path: Path) -> None:
+    """Ask before long work whether a file can be written; one that is there would be replaced.
+
+    Raises:
+        FileExistsError: it is a folder.
+        OSError: its folder cannot be made or written to.
+    """
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder; choose another name for the file")
+    check_output(path.absolute().parent, filled=True)
+
+
 def _writing(folder: Path) -> Path:
     whole = folder.resolve()
     return whole.with_name(f"{whole.name}.writing")
