@@ -33,7 +33,7 @@ _ROWS = 8192  # fitted at once
 
 @dataclass(frozen=True)
 class Quantized(HeadSpec, name="quantized"):
-    """`row_v = s_vg (q_v - (2**bits - 1) / 2)`, one scale s per row and group of `group` columns, q in `bits` bits.
+    """`row_v = s_vg (q_v - m)`, one scale s per row and group of `group` columns, q in `bits` bits.
 
     Without `HeadStats` q is round-to-nearest. With them columns are rounded one by one and each column's error is
     compensated in the columns after it (GPTQ, arXiv 2210.17323), in the metric `E[p_v (1 - p_v) h hᵀ]` of a row's own
@@ -43,11 +43,20 @@ class Quantized(HeadSpec, name="quantized"):
         bits: 8, 6, 5, 4, 3 or 2.
         group: columns per scale; must divide D. None: the whole row.
         frequent: rows of so many of the most frequent tokens, by `HeadStats`, keep 8 bits.
+        levels: "halves", `m = (2**bits - 1) / 2`, lie evenly around 0; "integers", `m = 2**(bits - 1)`, are those of
+            the formats that servers read, so that a head of 4 or 8 bits can be exported as it is.
     """
 
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
     group: Count | None = None
     frequent: CountOrZero = 0
+    levels: Literal["halves", "integers"] = "halves"
+
+    def __post_init__(self) -> None:
+        if self.levels == "integers" and len(PARTS[self.bits]) > 1:
+            raise ValueError(
+                f"quantized has levels='integers' with 8, 4 or 2 bits, got {self.bits} bits"
+            )
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
@@ -67,7 +76,10 @@ class Quantized(HeadSpec, name="quantized"):
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> QuantizedHead:
         group = self.group or dim
-        return QuantizedHead(dim, vocab, self.bits, group, bias=bias, frequent=self.frequent)
+        integers = self.levels == "integers"
+        return QuantizedHead(
+            dim, vocab, self.bits, group, bias=bias, frequent=self.frequent, integers=integers
+        )
 
     @torch.no_grad()
     def fit(
@@ -77,7 +89,9 @@ class Quantized(HeadSpec, name="quantized"):
         order = None
         if head.tokens is None:
             metrics = None if stats is None else local_moments(stats, weight)
-            head.store(*quantize_rows(weight, self.bits, head.group, metrics))
+            head.store(
+                *quantize_rows(weight, self.bits, head.group, metrics, integers=head.integers)
+            )
         else:
             if stats is None:
                 raise ValueError(
@@ -87,7 +101,13 @@ class Quantized(HeadSpec, name="quantized"):
             head.tokens.copy_(order)
             labels, moments = local_moments(stats, weight)
             found = [
-                quantize_rows(Rows(weight, which), bits, head.group, (labels[which], moments))
+                quantize_rows(
+                    Rows(weight, which),
+                    bits,
+                    head.group,
+                    (labels[which], moments),
+                    integers=head.integers,
+                )
                 for bits, which in zip(
                     (8, self.bits), order.tensor_split([self.frequent]), strict=True
                 )
@@ -103,10 +123,12 @@ def quantize_rows(
     group: int,
     metrics: tuple[Tensor, Tensor] | None,
     less: Callable[[Tensor], Tensor] | None = None,
+    *,
+    integers: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scales `(V, D / group)` and codes `(V, D)` of `weight (V, D)`; `metrics` as `local_moments` gives them.
 
-    `less`: what is taken from some rows of `weight` before.
+    `less`: what is taken from some rows of `weight` before. `integers`: 0 is one of the levels.
     """
     vocab, dim = weight.shape
     device = weight.device
@@ -116,6 +138,7 @@ def quantize_rows(
     else:
         labels, moments = metrics
     last = torch.full((dim,), 2.0**bits - 1, device=device)
+    middle = middle_code(bits, integers)
     scales = torch.empty(vocab, dim // group, device=device)
     codes = torch.empty(vocab, dim, dtype=torch.uint8, device=device)
     parts = [
@@ -127,14 +150,21 @@ def quantize_rows(
     for moment, mine in progress(parts, f"{bits} bits"):
         rows = weight[mine].float()
         rows = rows if less is None else rows - less(mine)
-        scales[mine] = _group_scales(rows, moment.diagonal().float(), bits, group)
+        scales[mine] = _group_scales(rows, moment.diagonal().float(), bits, group, middle)
         step = scales[mine].repeat_interleave(group, 1)
         order = moment.diagonal().argsort(descending=True)
-        codes[mine] = round_with_feedback(rows, step, step * (-last[0] / 2), last, moment, order)
+        codes[mine] = round_with_feedback(rows, step, step * -middle, last, moment, order)
     return scales, codes
 
 
-def _group_scales(weight: Tensor, importance: Tensor, bits: int, group: int) -> Tensor:
+def middle_code(bits: int, integers: bool) -> float:
+    """The code, or the half between two, of a weight that is 0."""
+    return (2.0**bits - 1 + integers) / 2
+
+
+def _group_scales(
+    weight: Tensor, importance: Tensor, bits: int, group: int, middle: float
+) -> Tensor:
     """Scale of least squared error, columns weighted by `importance`, `(R, D / group)`, a bf16 number."""
     last = 2.0**bits - 1
     cut = weight.view(len(weight), -1, group)
@@ -143,8 +173,8 @@ def _group_scales(weight: Tensor, importance: Tensor, bits: int, group: int) -> 
     best = torch.full_like(largest, torch.inf)
     scale = torch.zeros_like(largest)
     for shrink in _SHRINK if bits < 8 else _SHRINK[:1]:
-        step = (largest * (2 * shrink / last)).bfloat16().float().clamp_min(1e-30)
-        offset = step * (-last / 2)
+        step = (largest * (shrink / (last - middle))).bfloat16().float().clamp_min(1e-30)
+        offset = step * -middle
         error = offset + step * nearest_code(cut, step, offset, last) - cut
         cost = (error.square() * importance).sum(-1, keepdim=True)
         scale = torch.where(cost < best, step, scale)
@@ -169,10 +199,18 @@ class QuantizedHead(KernelRowsHead):
     code_lr = 1e-2
 
     def __init__(
-        self, dim: int, vocab: int, bits: int, group: int, *, bias: bool, frequent: int = 0
+        self,
+        dim: int,
+        vocab: int,
+        bits: int,
+        group: int,
+        *,
+        bias: bool,
+        frequent: int = 0,
+        integers: bool = False,
     ):
         super().__init__(dim, vocab, bias=bias)
-        self.bits, self.group, self.frequent = bits, group, frequent
+        self.bits, self.group, self.frequent, self.integers = bits, group, frequent, integers
         self.weight = nn.Parameter(torch.empty(vocab, dim // group))
         for width in PARTS[bits]:
             shape = vocab - frequent, -(-dim * width // 8)
@@ -218,7 +256,7 @@ class QuantizedHead(KernelRowsHead):
             self._codes(which) if self.latent is None else round_through(self.latent[which], last)
         )
         scale = self.weight[which]
-        centred = codes.to(scale.dtype) - last / 2
+        centred = codes.to(scale.dtype) - (last + self.integers) / 2
         rows: Tensor = centred.view(len(scale), -1, self.group) * scale.unsqueeze(-1)
         return rows.flatten(1)
 
@@ -268,15 +306,20 @@ class QuantizedHead(KernelRowsHead):
         cut = min(max(self.frequent, start), stop) - start
         scale, widths = self._scale(), PARTS[self.bits]
         if self.bytes is not None and cut:
-            quantized_rows([self.bytes], (8,), scale, start, rows[:cut])
+            quantized_rows([self.bytes], (8,), scale, start, rows[:cut], middle=self._middle(8))
         if cut < len(rows):
             first = start + cut - self.frequent
-            quantized_rows(self.packed(), widths, scale[self.frequent :], first, rows[cut:])
+            middle = self._middle(self.bits)
+            scale = scale[self.frequent :]
+            quantized_rows(self.packed(), widths, scale, first, rows[cut:], middle=middle)
         return F.linear(x, rows)
+
+    def _middle(self, bits: int) -> float:
+        return middle_code(bits, self.integers)
 
     def _products(self, hidden: Tensor, packed: list[Tensor], bits: int, scale: Tensor) -> Tensor:
         if not self.torch_operator():
-            return quantized_scores(hidden, packed, PARTS[bits], scale)
+            return quantized_scores(hidden, packed, PARTS[bits], scale, middle=self._middle(bits))
 
         def rows(which: slice) -> Tensor:
             return unpack_bits([p[which] for p in packed], bits, self.in_features)
@@ -285,7 +328,8 @@ class QuantizedHead(KernelRowsHead):
             return int8_packed(rows, len(scale), bits)
 
         name = "int8" if packed[0] is not self.bytes else "int8 of the frequent"
-        return int8_scores(hidden, self._derived(name, in_bytes, *packed), scale.flatten())
+        codes = self._derived(name, in_bytes, *packed)
+        return int8_scores(hidden, codes, scale.flatten(), integers=self.integers)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, group={self.group}"

@@ -30,24 +30,28 @@ def int8_packed(codes: Callable[[slice], Tensor], vocab: int, bits: int) -> list
     return packed
 
 
-def int8_scores(hidden: Tensor, packed: list[Tensor], scale: Tensor) -> Tensor:
-    """`scale_v Σ_j (q_vj - (2**bits - 1) / 2) h_j`, `(B, V)` fp32.
+def int8_scores(
+    hidden: Tensor, packed: list[Tensor], scale: Tensor, *, integers: bool = False
+) -> Tensor:
+    """`scale_v Σ_j (q_vj - m) h_j`, `(B, V)` fp32; `m = (2**bits - 1) / 2`, with `integers` `2**(bits - 1)`.
 
     Args:
         hidden: `(B, D)` on the CPU; packed: what `int8_packed` made of q; scale: `(V,)` fp32.
     """
     scores = in_large_pages(len(hidden), len(scale), dtype=torch.float32)
     for states, out in zip(hidden.split(STATES), scores.split(STATES), strict=True):
-        _score(states.float(), packed, scale, out)
+        _score(states.float(), packed, scale, out, 0.0 if integers else 0.5)
     return scores
 
 
-def _score(states: Tensor, packed: list[Tensor], scale: Tensor, scores: Tensor) -> None:
+def _score(
+    states: Tensor, packed: list[Tensor], scale: Tensor, scores: Tensor, less: float
+) -> None:
     step = states.abs().amax(1, keepdim=True).clamp_min(1e-30) / 16256
     rounded = (states / step).round_().int()
     high = (rounded + 64) >> 7
     halves = torch.cat([high, rounded - 128 * high]).add_(128).to(torch.uint8)  # from 1 to 255
-    half = rounded.sum(1) / 2  # 127.5 = 128 - 1/2, and so on
+    half = rounded.sum(1) * less  # 127.5 = 128 - 1/2, and so on
     parts = zip(packed, scale.split(_ROWS), scores.split(_ROWS, 1), strict=True)
     for rows, sizes, out in parts:
         upper, lower = _product(halves, rows, sizes).chunk(2)

@@ -20,17 +20,20 @@ def quantized_rows(
     first: int,
     out: Tensor,
     *,
+    middle: float | None = None,
     instructions: str = "native",
 ) -> Tensor:
-    """`out[v - first] = scale_vg (q_vj - (2**bits - 1) / 2)`: rows from `first` on, as many as `out (n, D)` has.
+    """`out[v - first] = scale_vg (q_vj - middle)`: rows from `first` on, as many as `out (n, D)` has.
 
     Args:
-        packed, widths, scale: as of `quantized_scores`; out: fp32 or bf16.
+        packed, widths, scale, middle: as of `quantized_scores`; out: fp32 or bf16.
     """
     rows, dim = out.shape
+    if middle is None:
+        middle = (2.0 ** sum(widths) - 1) / 2
     call(
         load("rows", instructions).quantized_rows,
-        *(packed, widths, len(packed), (2.0 ** sum(widths) - 1) / 2, scale),
+        *(packed, widths, len(packed), float(middle), scale),
         *(dim // scale.shape[1], dim, first, rows, out, int(out.dtype == torch.bfloat16)),
     )
     return out

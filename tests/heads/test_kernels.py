@@ -121,7 +121,10 @@ def test_transform_coded_kernel(
 @needs_compiler
 @pytest.mark.parametrize(
     "spec",
-    [LowRankResidual(2, 3, group=8), Quantized(3, frequent=40), Quantized(5, 4, frequent=40)],
+    [
+        *[LowRankResidual(2, 3, group=8), Quantized(3, frequent=40), Quantized(5, 4, frequent=40)],
+        *[Quantized(4, levels="integers"), Quantized(2, 8, frequent=40, levels="integers")],
+    ],
     ids=str,
 )
 def test_kernel_beside_other_rows(spec: HeadSpec, toy: Toy) -> None:
@@ -133,6 +136,7 @@ def test_kernel_beside_other_rows(spec: HeadSpec, toy: Toy) -> None:
 
 UNPACKED = [
     *[Quantized(4), Quantized(3, 8), Quantized(8, 4), Quantized(5, 2, frequent=37), Quantized(6)],
+    *[Quantized(4, 8, levels="integers"), Quantized(8, frequent=37, levels="integers")],
     *[LowRankResidual(2, 2), TransformCoded(bits=4.0, tiers=3), TransformCoded(9.0, tiers=5)],
     *[ProductVQ(8, 16), ProductVQ(4, 64), ProductVQ(16, 256), ProductVQ(2, 4, rotation="none")],
 ]

@@ -45,7 +45,12 @@ def test_a_state_of_zeros_scores_zero() -> None:
 @needs_int8
 @pytest.mark.parametrize("kernels", ["auto", "off", "require"])
 @pytest.mark.parametrize(
-    "spec", [Quantized(8), LowRankResidual(2, 8), LowRank(12, Quantized(8))], ids=lambda s: s.name
+    "spec",
+    [
+        *[Quantized(8), LowRankResidual(2, 8), LowRank(12, Quantized(8))],
+        *[Quantized(8, levels="integers"), Quantized(8, frequent=40, levels="integers")],
+    ],
+    ids=str,
 )
 def test_heads_of_8_bits_decode_by_it(spec: HeadSpec, kernels: str, toy: Toy) -> None:
     head = spec.module(*toy.shape, bias=True)

@@ -109,3 +109,28 @@ def test_refuses_more_frequent_tokens_than_there_are(toy: Toy) -> None:
         Quantized(3, frequent=256).check(16, 256)
     with pytest.raises(ValueError, match=r"needs the token frequencies"):
         fit(Quantized(3, frequent=40), toy, stats=False)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, None), (4, 8), (8, None), (2, 4)])
+def test_integer_levels(bits: int, group: int | None, toy: Toy) -> None:
+    spec = Quantized(bits=bits, group=group, levels="integers")  # type: ignore[arg-type]
+    head = spec.module(16, 256)
+    spec.fit(head, toy.weight, None, toy.stats)
+    rows = head.rows(slice(None)).detach().view(256, -1, head.group)
+    codes = rows / head.weight.detach().unsqueeze(-1)
+    assert torch.allclose(codes, codes.round(), atol=1e-4)
+    low, high = codes.round().aminmax()
+    assert -(2 ** (bits - 1)) <= low < 0 < high < 2 ** (bits - 1)
+    losses = []
+    for levels in ("integers", "halves"):
+        other = Quantized(bits=bits, group=group, levels=levels)  # type: ignore[arg-type]
+        head = other.module(16, 256)
+        other.fit(head, toy.weight, None, toy.stats)
+        losses.append((head(toy.hidden) - toy.hidden @ toy.weight.T).square().mean().item())
+    # of 4 levels, three with a 0 among them are worse than four around it
+    assert losses[0] < {2: 3.0, 4: 1.5, 8: 1.2}[bits] * losses[1]
+
+
+def test_integer_levels_need_codes_of_one_width() -> None:
+    with pytest.raises(ValueError, match="levels='integers' with 8, 4 or 2 bits, got 3 bits"):
+        Quantized(bits=3, levels="integers")
