@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 DEMO ?=
 
 # Other software that tests/clients runs on patched models; what does not install here is skipped there.
-CLIENTS := trl gguf bitsandbytes torchao lm-eval
+CLIENTS := trl gguf compressed-tensors bitsandbytes torchao lm-eval
 FAST := not slow and not gpu and not network
 LOWERED := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
