@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from hf_softheads.bitpack import PARTS, index_dtype, pack_bits, unpack_bits
 from hf_softheads.heads.base import HeadSpec
-from hf_softheads.heads.fit.blockwise import blocks, progress
+from hf_softheads.heads.fit.blockwise import blocks
 from hf_softheads.heads.fit.gptq import nearest_code, round_through, round_with_feedback
-from hf_softheads.heads.fit.hessian import local_moments
+from hf_softheads.heads.fit.hessian import local_moments, rows_by_moment
 from hf_softheads.heads.fit.kmeans import Rows, require_finite
 from hf_softheads.heads.forms.kernel_rows import KernelRowsHead
 from hf_softheads.kernels.onednn import int8_packed, int8_scores, why_no_int8
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _SHRINK = torch.linspace(
     1.0, 0.5, 16
 ).tolist()  # of the largest weight: where the grid of a group may end
-_ROWS = 8192  # fitted at once
 
 
 @dataclass(frozen=True)
@@ -132,22 +131,11 @@ def quantize_rows(
     """
     vocab, dim = weight.shape
     device = weight.device
-    if metrics is None:
-        labels = torch.zeros(vocab, dtype=torch.long, device=device)
-        moments = torch.eye(dim, dtype=torch.float64, device=device).unsqueeze(0)
-    else:
-        labels, moments = metrics
     last = torch.full((dim,), 2.0**bits - 1, device=device)
     middle = middle_code(bits, integers)
     scales = torch.empty(vocab, dim // group, device=device)
     codes = torch.empty(vocab, dim, dtype=torch.uint8, device=device)
-    parts = [
-        (moment, mine)
-        for cluster, moment in enumerate(moments)
-        for mine in (labels == cluster).nonzero().flatten().split(_ROWS)
-        if len(mine)
-    ]
-    for moment, mine in progress(parts, f"{bits} bits"):
+    for moment, mine in rows_by_moment(weight, metrics, f"{bits} bits"):
         rows = weight[mine].float()
         rows = rows if less is None else rows - less(mine)
         scales[mine] = _group_scales(rows, moment.diagonal().float(), bits, group, middle)

@@ -31,9 +31,21 @@ class _RoundThrough(torch.autograd.Function):
         return grad.masked_fill(outwards, 0), None
 
 
-def nearest_code(values: Tensor, step: Tensor, offset: Tensor, last: Tensor | float) -> Tensor:
-    """Code in `0 … last` of the grid point `offset + step · code` nearest to each value."""
-    codes = ((values - offset) / step).round_().clamp_min_(0)
+def nearest_code(
+    values: Tensor,
+    step: Tensor,
+    offset: Tensor,
+    last: Tensor | float,
+    levels: Tensor | None = None,
+) -> Tensor:
+    """Code in `0 … last` of the grid point `offset + step · code` nearest to each value.
+
+    With rising `levels (last + 1,)` the grid points are `offset + step · levels[code]`.
+    """
+    places = (values - offset) / step
+    if levels is not None:
+        return torch.bucketize(places, (levels[1:] + levels[:-1]) / 2).to(values.dtype)
+    codes = places.round_().clamp_min_(0)
     return codes.clamp_max_(last) if isinstance(last, float) else codes.minimum(last)
 
 
@@ -45,6 +57,7 @@ def round_with_feedback(
     moment: Tensor,
     order: Tensor,
     block: int = 64,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """Codes `(R, K)` uint8 that nearly minimise `(v̂ - v) moment (v̂ - v)ᵀ` of every row, `v̂ = offset + step · code`.
 
@@ -55,6 +68,7 @@ def round_with_feedback(
         values: `(R, K)` fp32.
         step, offset: broadcastable to `values`; last: `(K,)`, the largest code of each column.
         moment: `(K, K)`, positive definite.
+        levels: of a grid that is not even, as in `nearest_code`.
     """
     upper = torch.linalg.cholesky(torch.linalg.inv(moment[order][:, order].double()), upper=True)
     upper = upper.float()  # moment⁻¹ = Uᵀ U
@@ -65,9 +79,10 @@ def round_with_feedback(
         stop = min(first + block, len(order))
         errors = torch.empty(len(rest), stop - first, device=values.device)
         for i in range(first, stop):
-            code = nearest_code(rest[:, i], step[:, i], offset[:, i], last[order[i]])
+            code = nearest_code(rest[:, i], step[:, i], offset[:, i], last[order[i]], levels)
             codes[:, order[i]] = code.to(torch.uint8)
-            error = (rest[:, i] - offset[:, i] - step[:, i] * code) / upper[i, i]
+            level = code if levels is None else levels[code.long()]
+            error = (rest[:, i] - offset[:, i] - step[:, i] * level) / upper[i, i]
             errors[:, i - first] = error
             rest[:, i:stop] -= error[:, None] * upper[i, i:stop]
         rest[:, stop:] -= errors @ upper[first:stop, stop:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_softheads.heads.fit.blockwise import blocks, in_chunks, progress, scores_of
-from hf_softheads.heads.fit.kmeans import kmeans
+from hf_softheads.heads.fit.kmeans import Rows, kmeans
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
 
+_ROWS = 8192  # fitted at once
 _DAMPING = 1e-3  # of the mean variance, added to every direction: directions never seen still cost a little
 
 
@@ -69,6 +70,28 @@ def local_moments(stats: HeadStats, weight: Tensor, clusters: int = 32) -> tuple
         moment.mul_(t / own).add_((1 - t) * whole)
         moment.mul_(whole.trace() / moment.trace())
     return labels, moments
+
+
+def rows_by_moment(
+    weight: Tensor | Rows, metrics: tuple[Tensor, Tensor] | None, description: str
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Each moment `(D, D)` and the rows it is for, `(n,)`, few enough to be held in fp32 several times; with a bar.
+
+    `metrics`: as `local_moments` gives them; None for the plain metric.
+    """
+    vocab, dim = weight.shape
+    if metrics is None:
+        labels = torch.zeros(vocab, dtype=torch.long, device=weight.device)
+        moments = torch.eye(dim, dtype=torch.float64, device=weight.device).unsqueeze(0)
+    else:
+        labels, moments = metrics
+    parts = [
+        (moment, mine)
+        for cluster, moment in enumerate(moments)
+        for mine in (labels == cluster).nonzero().flatten().split(_ROWS)
+        if len(mine)
+    ]
+    return progress(parts, description)
 
 
 @torch.no_grad()
