@@ -29,11 +29,12 @@ _ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError)
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model that was found and looks right; its weights are not read yet."""
+    """A model that was found and looks right; its weights are not read yet. `gguf`: the file that they are in."""
 
     name: str
     config: Any
     tokenizer: Any
+    gguf: str | None = None
 
     @property
     def window(self) -> int:
@@ -52,10 +53,13 @@ class NamedModel:
 
         if self.name == embedded.NAME:
             return embedded.load_embedded("float32" if dtype == "auto" else dtype)[0]
+        options: dict[str, Any] = {}
+        if self.gguf is not None:
+            options["gguf_file"], dtype = self.gguf, "float32" if dtype == "auto" else dtype
         try:
             with _quiet():
                 model, report = AutoModelForCausalLM.from_pretrained(
-                    self.name, dtype=dtype, output_loading_info=True
+                    self.name, dtype=dtype, output_loading_info=True, **options
                 )
         except SafetensorError as error:
             raise OSError(
@@ -74,6 +78,13 @@ class NamedModel:
             )
         return model
 
+    def nbytes(self) -> int:
+        """Bytes of the weights' files; of a model that is no folder, 0."""
+        folder = embedded.FOLDER if self.name == embedded.NAME else Path(self.name)
+        kinds = (".safetensors", ".gguf", ".bin")
+        files = folder.iterdir() if folder.is_dir() else ()
+        return sum(file.stat().st_size for file in files if file.suffix in kinds)
+
 
 def find(name: str) -> NamedModel:
     """The model of that name, with its configuration and tokenizer.
@@ -85,22 +96,36 @@ def find(name: str) -> NamedModel:
     from transformers import AutoConfig, AutoTokenizer
 
     place = str(embedded.FOLDER) if name == embedded.NAME else name
-    place_of_config = _place_of_config(place)
+    gguf = _gguf_file(Path(place))
+    options = {} if gguf is None else {"gguf_file": gguf}
+    place_of_config = place if gguf else _place_of_config(place)
     try:
-        config = AutoConfig.from_pretrained(place_of_config)
+        config = AutoConfig.from_pretrained(place_of_config, **options)
     except _ERRORS as error:
         if not Path(name).exists():
             raise OSError(_not_there(name, _first_line(error))) from error
         raise OSError(f"cannot load {name!r}: {_first_line(error)}") from error
     _check_kind(name, config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except _ERRORS as error:
         raise OSError(
             f"{name!r} holds a model but no tokenizer that can be loaded; put its tokenizer there too "
             f"({_first_line(error)})"
         ) from error
-    return NamedModel(name, config, tokenizer)
+    return NamedModel(name, config, tokenizer, gguf)
+
+
+def _gguf_file(folder: Path) -> str | None:
+    """The GGUF file of a folder that holds one and no config.json."""
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise ValueError(
+            f"cannot load {str(folder)!r}: it holds several GGUF files ({', '.join(files)}); leave one in it"
+        )
+    return files[0] if files else None
 
 
 def _place_of_config(name: str) -> str:

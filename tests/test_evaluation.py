@@ -78,6 +78,10 @@ def test_reference(model):
     ]
     assert found.top5 == near(sum(five) / len(five))
     assert found.reference_perplexity == near(math.exp(plain_loss(other, rows).mean()), rel=1e-5)
+    difference = (plain_loss(model, rows) - plain_loss(other, rows)).flatten()
+    assert found.ratio == near(math.exp(difference.mean()), rel=1e-4)
+    error = difference.std(correction=0) / len(difference) ** 0.5
+    assert found.ratio_error == near(found.ratio * float(error), rel=1e-3)
 
 
 def test_the_dense_head_as_reference(model):

@@ -15,7 +15,19 @@ from typing import Any, NoReturn
 
 from hf_softheads.version import __version__
 
-COMMANDS = ("demo", "list", "patch", "choose", "eval", "bench", "diagnose", "export", "card", "env")
+COMMANDS = (
+    "demo",
+    "list",
+    "patch",
+    "choose",
+    "eval",
+    "compare",
+    "bench",
+    "diagnose",
+    "export",
+    "card",
+    "env",
+)
 _SIGPIPE = 128 + 13  # what a shell reports of a program whose reader went away
 _LONGEST = 1000  # characters of a reason
 

@@ -33,6 +33,8 @@ class Evaluation:
         top1: share of tokens whose most likely token is the reference's.
         top5: mean overlap of the five most likely tokens with the reference's, over five.
         reference_perplexity: the reference on the same tokens.
+        ratio: of the perplexity to the reference's; ratio_error: its standard error, from the difference of the two
+            losses token by token.
     """
 
     tokens: int
@@ -44,6 +46,8 @@ class Evaluation:
     top1: float | None = None
     top5: float | None = None
     reference_perplexity: float | None = None
+    ratio: float | None = None
+    ratio_error: float | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -57,7 +61,7 @@ class Evaluation:
             table.add("bits per byte", f"{self.bits_per_byte:.4f}")
         if self.reference_perplexity is not None:
             table.add("reference perplexity", f"{self.reference_perplexity:.3f}")
-            table.add("perplexity ratio", f"{self.perplexity / self.reference_perplexity:.4f}")
+            table.add("perplexity ratio", f"{self.ratio:.4f} ± {self.ratio_error:.4f}")
             table.add("KL(reference ‖ model)", f"{self.kl:.5f}")
             table.add("top-1 agreement", f"{self.top1:.2%}")
             table.add("top-5 overlap", f"{self.top5:.2%}")
@@ -157,6 +161,7 @@ class _Sums:
     def __init__(self) -> None:
         self.tokens = 0
         self.loss = self.squared = self.kl = self.top1 = self.top5 = self.reference = 0.0
+        self.difference = self.difference_squared = 0.0
         self.compared = False
 
     def add(self, logits: Tensor, labels: Tensor, wanted: Tensor | None) -> None:
@@ -169,7 +174,11 @@ class _Sums:
             return
         self.compared = True
         log_q = wanted.to(log_p.device).log_softmax(-1)
-        self.reference -= float(log_q.gather(-1, labels.unsqueeze(-1)).double().sum())
+        wanted_nll = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1).double()
+        difference = nll - wanted_nll
+        self.reference += float(wanted_nll.sum())
+        self.difference += float(difference.sum())
+        self.difference_squared += float(difference.square().sum())
         self.kl += float(kl_divergence(log_q, log_p).double().sum())
         k = min(5, logits.shape[-1])
         mine, theirs = logits.topk(k).indices, wanted.topk(k).indices.to(logits.device)
@@ -191,6 +200,7 @@ class _Sums:
                 "top1": self.top1 / n,
                 "top5": self.top5 / n,
                 "reference_perplexity": math.exp(self.reference / n),
+                **self._ratio(),
             }
         return Evaluation(
             tokens=n,
@@ -200,3 +210,12 @@ class _Sums:
             bits_per_byte=None if n_bytes is None else self.loss / math.log(2) / n_bytes,
             **compared,
         )
+
+    def _ratio(self) -> dict[str, float]:
+        """The ratio of perplexities and its standard error."""
+        mean = self.difference / self.tokens
+        if mean >= 700:
+            return {"ratio": math.inf, "ratio_error": math.inf}
+        variance = max(self.difference_squared / self.tokens - mean**2, 0.0)
+        ratio = math.exp(mean)
+        return {"ratio": ratio, "ratio_error": ratio * math.sqrt(variance / self.tokens)}
