@@ -1,6 +1,7 @@
 """What a head costs in the types of a GGUF file: ggml's own rounding against rows chosen by error feedback.
 
-    python benchmarks/gguf_head.py MODEL TEXT    # writes benchmarks/results/gguf_head.json
+    python benchmarks/gguf_head.py MODEL TEXT                   # writes benchmarks/results/gguf_head.json
+    python benchmarks/gguf_head.py MODEL TEXT --stats FILE      # with statistics that `HeadStats.save` wrote
 
 MODEL: a folder or Hub id with a llama or Gemma 3 model; TEXT: a text file, whose first part is calibrated on and whose
 last part is reported. Perplexity of fp32 logits over that of the dense head, with the standard error of the paired
@@ -25,10 +26,11 @@ from hf_softheads.bridge import SplitModel, tied_embeddings
 from hf_softheads.files import write_json
 from hf_softheads.heads.fit.ggml_types import TYPES, fit_blocks
 from hf_softheads.heads.fit.hessian import local_moments
+from hf_softheads.heads.stats import HeadStats
 from hf_softheads.report.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results" / "gguf_head.json"
-WINDOW, CALIBRATION, REPORT = 512, 20_480, 8_192
+WINDOW, CALIBRATION, REPORT = 512, 20_480, 2_048
 
 
 def rounded(weight: Tensor, name: str) -> Tensor:
@@ -60,23 +62,30 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("text", type=Path)
     parser.add_argument("--name", help="what the results call the model; default its folder")
+    parser.add_argument("--stats", type=Path, help="statistics of other text than the reported")
+    parser.add_argument("--types", nargs="+", choices=list(TYPES), default=list(TYPES))
     arguments = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     text = arguments.text.read_text(encoding="utf-8")
     first, last = text[: 8 * CALIBRATION], text[-8 * REPORT :]
-    fit, report = (
-        torch.tensor(tokenizer(part).input_ids)[:count].view(-1, WINDOW)
-        for part, count in ((first, CALIBRATION), (last, REPORT))
-    )
-    stats = sh.collect(model, fit)
+
+    def windows(part: str, count: int) -> Tensor:
+        return torch.tensor(tokenizer(part).input_ids)[:count].view(-1, WINDOW)
+
+    report = windows(last, REPORT)
+    if arguments.stats is None:
+        stats = sh.collect(model, windows(first, CALIBRATION))
+    else:
+        stats = HeadStats.load(arguments.stats)
     head = model.get_output_embeddings()
     weight = head.weight.detach().clone()
     assert tied_embeddings(model), "measured on tied models"
     metrics = local_moments(stats, weight)
     dense, states = losses(model, report)
     rows: dict[str, Any] = {}
-    for name, kind in TYPES.items():
+    for name in arguments.types:
+        kind = TYPES[name]
         variants = {"feedback": fit_blocks(weight, kind, metrics).rows()}
         if name != "IQ4_NL":  # the gguf package does not round to it
             variants["plain"] = rounded(weight, name)
@@ -90,7 +99,7 @@ def main() -> None:
             print(name, way, rows[f"{name}, {way}"], flush=True)
     settings = {
         "model": arguments.name or Path(arguments.model).name,
-        "calibration_tokens": fit.numel(),
+        "calibration_tokens": stats.tokens,
         "report_tokens": len(dense),
         "perplexity": math.exp(dense.mean()),
     }
