@@ -16,17 +16,8 @@ from typing import Any, NoReturn
 from hf_softheads.version import __version__
 
 COMMANDS = (
-    "demo",
-    "list",
-    "patch",
-    "choose",
-    "eval",
-    "compare",
-    "bench",
-    "diagnose",
-    "export",
-    "card",
-    "env",
+    *("demo", "list", "patch", "choose", "eval", "compare", "bench", "diagnose"),
+    *("export", "card", "push", "env"),
 )
 _SIGPIPE = 128 + 13  # what a shell reports of a program whose reader went away
 _LONGEST = 1000  # characters of a reason
