@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_softheads.bitpack import index_dtype
 from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.heads.forms.largest import by_two_passes
 from hf_softheads.heads.forms.sampling import check_temperature, gumbel_max
 from hf_softheads.heads.forms.token_numbers import of_logits
 from hf_softheads.registry import Count
@@ -136,6 +137,12 @@ class DraftHead(Head):
             return super().topk(hidden, k)
         values, places = self._kept_logits(hidden).topk(k, -1)
         return values, self.ids.long()[places]
+
+    @torch.no_grad()
+    def topk_logsumexp(
+        self, hidden: Tensor, k: int, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return by_two_passes(self, hidden, k, temperature)
 
     @torch.no_grad()
     def sample(
