@@ -227,7 +227,8 @@ class ByteLevel(ByteLaw):
         allowed[self._tokens] = 0
         if self._end is not None:
             allowed[self._end] = 0
-        law = self._laws[ids] = (logits + allowed).log_softmax(-1)
+        law: Tensor = (logits + allowed).log_softmax(-1)
+        self._laws[ids] = law
         if len(self._laws) > _REMEMBERED:
             self._laws.popitem(last=False)
         return law
