@@ -2,8 +2,8 @@
 
     python benchmarks/decoding.py FOLDER … --heads dense quantized screened    # writes results/decoding.json
 
-Each model, bf16 on one thread, with each head: a prompt of 16 tokens and `--new` more, in every mode, plain `generate` and
-`custom_generate=sh.decoding.candidates` in turns. The thread's own time is counted, not what it waits for a core.
+Each model, bf16 on one thread, with each head: a prompt of 16 tokens and `--new` more, in every mode, plain `generate`
+and `custom_generate=sh.decoding.candidates` in turns. The thread's own time counts, not what it waits for a core.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def heads(dim: int) -> dict[str, Any]:
     }
 
 
-def measure(model: Any, batch: int, new: int, rounds: int) -> dict[str, Any]:
+def measure(model: Any, batch: int, new: int, rounds: int, seconds: float) -> dict[str, Any]:
     vocab = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab // 100, vocab, (batch, PROMPT), generator=generator)
@@ -58,7 +58,7 @@ def measure(model: Any, batch: int, new: int, rounds: int) -> dict[str, Any]:
         torch.manual_seed(0)
         cases = {"plain": run(mode, False), "candidates": run(mode, True)}
         found = compare(
-            cases, "plain", rounds=rounds, seconds=120, cold=False, clock=time.thread_time
+            cases, "plain", rounds=rounds, seconds=seconds, cold=False, clock=time.thread_time
         )
         rows[name] = {
             "plain_ms": found["plain"]["ms"] / new,
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=120, help="of each mode, at most")
     given = parser.parse_args()
     torch.set_num_threads(1)
     source = provenance(0)  # before anything is written
@@ -91,7 +92,7 @@ def main() -> None:
             for batch in given.batches:
                 print(f"{folder.name}, {name}", flush=True)
                 key = f"{folder.name}, {name}, batch {batch}"
-                found["rows"][key] = measure(model, batch, given.new, given.rounds)
+                found["rows"][key] = measure(model, batch, given.new, given.rounds, given.seconds)
                 settings = {"prompt": PROMPT, "new": given.new, "rounds": given.rounds}
                 write_json(RESULTS, {**found, "settings": settings, "provenance": source})
 
