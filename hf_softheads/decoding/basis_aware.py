@@ -55,11 +55,12 @@ class BasisAware(LogitsProcessor):
             )
         self.epsilon, self.tested = epsilon, tested
         head: Any = model if isinstance(model, Tensor | Head) else bridge.output_head(model)
+        self.code_of: Tensor | None = None
         if isinstance(head, VQHead):
             self.code_of = head.codes.long()
             self.rows = head.weight.detach().double()
         else:
-            self.code_of, self.rows = None, _leading(_matrix(head), columns)
+            self.rows = _leading(_matrix(head), columns)
         extended = torch.cat([self.rows, torch.ones_like(self.rows[:, :1])], 1)
         few = len(extended) <= extended.shape[1]
         self.closed = few and int(torch.linalg.matrix_rank(extended)) == len(extended)
@@ -113,22 +114,21 @@ class BasisAware(LogitsProcessor):
 
 
 def _matrix(head: Any) -> Tensor:
-    if isinstance(head, Tensor):
-        return head.detach()
-    if isinstance(head, Head):
-        dense = (head.weight, None) if isinstance(head, DenseHead) else head.dense()
-        if dense is None:
-            raise ValueError(
-                f"a {type(head).__name__} has no matrix (V, D), so it has no basis; give a matrix, or take another "
-                "processor"
-            )
-        return dense[0].detach()
-    weight: Tensor = head.weight
-    return weight.detach()
+    matrix: Tensor | None = head if isinstance(head, Tensor) else head.weight
+    if isinstance(head, Head) and not isinstance(head, DenseHead):
+        dense = head.dense()
+        matrix = None if dense is None else dense[0]
+    if matrix is None:
+        raise ValueError(
+            f"a {type(head).__name__} has no matrix (V, D), so it has no basis; give a matrix, or take another "
+            "processor"
+        )
+    return matrix.detach()
 
 
 def _leading(matrix: Tensor, columns: int) -> Tensor:
     """`(V, c)`: a matrix along its leading right singular vectors."""
     wide = matrix.double()
     vectors = torch.linalg.eigh(wide.T @ wide)[1].flip(1)[:, :columns]
-    return wide @ vectors
+    leading: Tensor = wide @ vectors
+    return leading
