@@ -2,7 +2,7 @@
 
     python benchmarks/decoding.py FOLDER … --heads dense quantized screened    # writes results/decoding.json
 
-Each model, bf16 on one thread, with each head: a prompt of 16 tokens and `--new` more, in every mode, plain `generate`
+Each model, bf16 on one thread, with each head: a prompt of 4 tokens and `--new` more, in every mode, plain `generate`
 and `custom_generate=sh.decoding.candidates` in turns. The thread's own time counts, not what it waits for a core.
 """
 
@@ -24,7 +24,7 @@ from hf_softheads.files import write_json
 from hf_softheads.report.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results" / "decoding.json"
-PROMPT = 16
+PROMPT = 4
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "greedy, repetition penalty": {"do_sample": False, "repetition_penalty": 1.2},
@@ -43,7 +43,8 @@ def heads(dim: int) -> dict[str, Any]:
     }
 
 
-def measure(model: Any, batch: int, new: int, rounds: int, seconds: float) -> dict[str, Any]:
+def measure(model: Any, batch: int, given: argparse.Namespace) -> dict[str, Any]:
+    new = given.new
     vocab = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab // 100, vocab, (batch, PROMPT), generator=generator)
@@ -54,11 +55,17 @@ def measure(model: Any, batch: int, new: int, rounds: int, seconds: float) -> di
         return lambda: model.generate(ids, **options, **mode, **how)
 
     rows = {}
-    for name, mode in MODES.items():
+    for name in given.modes:
+        mode = MODES[name]
         torch.manual_seed(0)
         cases = {"plain": run(mode, False), "candidates": run(mode, True)}
         found = compare(
-            cases, "plain", rounds=rounds, seconds=seconds, cold=False, clock=time.thread_time
+            cases,
+            "plain",
+            rounds=given.rounds,
+            seconds=given.seconds,
+            cold=False,
+            clock=time.thread_time,
         )
         rows[name] = {
             "plain_ms": found["plain"]["ms"] / new,
@@ -78,6 +85,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--heads", nargs="+", default=["dense", "quantized", "screened"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=120, help="of each mode, at most")
@@ -92,7 +100,7 @@ def main() -> None:
             for batch in given.batches:
                 print(f"{folder.name}, {name}", flush=True)
                 key = f"{folder.name}, {name}, batch {batch}"
-                found["rows"][key] = measure(model, batch, given.new, given.rounds, given.seconds)
+                found["rows"][key] = measure(model, batch, given)
                 settings = {"prompt": PROMPT, "new": given.new, "rounds": given.rounds}
                 write_json(RESULTS, {**found, "settings": settings, "provenance": source})
 
