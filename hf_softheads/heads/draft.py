@@ -92,6 +92,18 @@ class DraftHead(Head):
         """Share of the statistics' tokens that have a row."""
         return int(self.millionths) / 1e6
 
+    def token_maps(self) -> dict[str, Tensor]:
+        """`d2t (n,)` int64 and `t2d (V,)` bool, as checkpoints of EAGLE-3 draft models hold them beside `weight`.
+
+        Row i is token `i + d2t[i]`; `t2d` says which tokens have a row.
+        """
+        ids = self.ids.long()
+        has_row = torch.zeros(self.out_features, dtype=torch.bool, device=ids.device)
+        return {
+            "d2t": ids - torch.arange(len(ids), device=ids.device),
+            "t2d": has_row.index_fill(0, ids, True),
+        }
+
     def kept(self, hidden: Tensor) -> Tensor:
         """Scores of the tokens `ids`, `(…, n)`."""
         return F.linear(hidden, self.weight, self.bias)

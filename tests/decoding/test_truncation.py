@@ -134,7 +134,7 @@ def test_bregman_grows_until_it_is_sure():
 
 def test_bregman_on_candidates_of_a_head(tokens):
     """No warning: nothing asks for all logits; and the law is that of plain sampling."""
-    model, draws = patched("quantized"), 800
+    model, draws = patched("quantized"), 500
     own = sh.decoding.BregmanTopK(1.5, 1e-2)
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": 1, "logits_processor": [own]}
     plain = model.generate(
@@ -149,7 +149,7 @@ def test_bregman_on_candidates_of_a_head(tokens):
     )[:, -1]
     share = torch.bincount(found, minlength=len(law)) / draws
     assert share[law == 0].sum() == 0
-    assert float((share - law).abs().sum()) < 0.2
+    assert float((share - law).abs().sum()) < 0.25
 
 
 @pytest.mark.parametrize(
