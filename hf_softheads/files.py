@@ -151,15 +151,3 @@ def write_json(path: str | Path, data: Any) -> Path:
     with replacing(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
     return path
-
-
-_SHARD = re.compile(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors")
-
-
-def remove_other_shards(folder: Path, written: set[str]) -> None:
-    """Shards of an earlier save of the same weights, which a loader might take for these: as transformers does."""
-    weights = {found[1] for name in written if (found := _SHARD.fullmatch(name))}
-    for path in folder.iterdir():
-        found = _SHARD.fullmatch(path.name)
-        if found and found[2] and found[1] in weights and path.name not in written:
-            path.unlink()
