@@ -20,6 +20,7 @@ _PUBLIC = {  # as `pkgutil.resolve_name` takes it
     "choose": "hf_softheads.measure.choose:choose",
     "classifiers": "hf_softheads.classifiers",
     "collect": "hf_softheads.measure.calibration:collect",
+    "decoding": "hf_softheads.decoding",
     "describe": "hf_softheads.report.describe:describe",
     "diagnose": "hf_softheads.measure.diagnostics:diagnose",
     "embedded": "hf_softheads.text.embedded",

@@ -2,6 +2,7 @@
 __version__: str
 from hf_softheads import attention as attention
 from hf_softheads import classifiers as classifiers
+from hf_softheads import decoding as decoding
 from hf_softheads import embeddings as embeddings
 from hf_softheads import heads as heads
 from hf_softheads import losses as losses

@@ -17,7 +17,7 @@ FLOORS = (
     ("heads", "attention"),
     ("embeddings",),
     ("bridge",),
-    ("sites", "training", "pretrained"),
+    ("sites", "training", "pretrained", "decoding"),
     ("config",),
     ("plan",),
     ("patching",),

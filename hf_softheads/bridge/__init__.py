@@ -4,8 +4,9 @@
 the output embedding. `logit_transform`: what a family does after it. `split_model`: the model without its head, and
 the head alone. `linear`: what else a dense head may do. `family_loss`: the loss of a family's own forward. `inputs`:
 token ids. `loading`: what a model was loaded from. `ties`: parameters that are one. `embeddings`: those that read the
-head's matrix, and special tokens. `classifiers`: the last module of a sequence classifier. `subclass`: the class of a
-patched model, and the loss inside its head. `probe`: a trial run. Nothing is assigned into a transformers class.
+head's matrix, and special tokens. `generation`: the loops of `generate`. `classifiers`: the last module of a sequence
+classifier. `subclass`: the class of a patched model, and the loss inside its head. `probe`: a trial run. Nothing is
+assigned into a transformers class.
 """
 
 from hf_softheads.bridge.attention import IMPLEMENTATION as IMPLEMENTATION
@@ -29,6 +30,13 @@ from hf_softheads.bridge.family_loss import loss_of as loss_of
 from hf_softheads.bridge.family_loss import targets_of as targets_of
 from hf_softheads.bridge.family_loss import with_decoder_inputs as with_decoder_inputs
 from hf_softheads.bridge.family_loss import without_logits as without_logits
+from hf_softheads.bridge.generation import AskedHead as AskedHead
+from hf_softheads.bridge.generation import Question as Question
+from hf_softheads.bridge.generation import by_value as by_value
+from hf_softheads.bridge.generation import check_mode as check_mode
+from hf_softheads.bridge.generation import decode as decode
+from hf_softheads.bridge.generation import decode_whole as decode_whole
+from hf_softheads.bridge.generation import lowers as lowers
 from hf_softheads.bridge.head_weight import guard_weight as guard_weight
 from hf_softheads.bridge.heads import Function as Function
 from hf_softheads.bridge.heads import active_head as active_head

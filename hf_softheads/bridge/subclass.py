@@ -17,6 +17,7 @@ from hf_softheads.bridge.attention import IMPLEMENTATION, register, showing
 from hf_softheads.bridge.classifiers import active_classifier, pooling
 from hf_softheads.bridge.family_loss import IGNORE, asks_for_loss, targets_of, without_logits
 from hf_softheads.bridge.fused_head import answered, theirs
+from hf_softheads.bridge.generation import with_forgotten
 from hf_softheads.bridge.head_weight import guard_again, guard_weight
 from hf_softheads.bridge.heads import active_head, is_hooked
 from hf_softheads.bridge.hidden import CHILD
@@ -142,6 +143,10 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
             result = super().save_pretrained(fresh, is_main_process, *args, **kwargs)
             files.remove_other_shards(Path(save_directory), {path.name for path in fresh.iterdir()})
         return result
+
+    def _extract_generation_mode_kwargs(self, custom_generate: Any, *args: Any) -> Any:
+        """As transformers', which forgets streamer and tokenizer where `custom_generate` is a function."""
+        return with_forgotten(super()._extract_generation_mode_kwargs, custom_generate, *args)
 
     @property
     def loss_function(self) -> Any:

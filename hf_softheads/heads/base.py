@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_softheads.heads.forms.fit_guard import checked
+from hf_softheads.heads.forms.largest import largest, logsumexp, packed, unpacked
 from hf_softheads.heads.forms.logit_transform import LogitTransform as LogitTransform
 from hf_softheads.heads.forms.sampling import check_temperature, gumbel_max
 from hf_softheads.heads.forms.token_numbers import TokenStatistics as TokenStatistics
@@ -86,6 +87,8 @@ class Head(nn.Module):
         # set for one call by the model's forward, to train without logits
         self.targets: Tensor | None = None
         self.nll: Tensor | None = None
+        # set for some calls by a decoder: what it wants to know instead of scores
+        self.question: Callable[[Tensor], Any] | None = None
         self._tables: dict[str, tuple[object, tuple[Tensor, ...], object]] = {}
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -101,6 +104,8 @@ class Head(nn.Module):
         return self.scores(hidden).float().index_select(-1, tokens)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.question is not None:
+            return cast(Tensor, self.question(hidden))
         if self.targets is None or self.targets.shape != hidden.shape[:-1]:
             return self.scores(hidden)
         targets, self.targets = self.targets, None
@@ -162,18 +167,32 @@ class Head(nn.Module):
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest logits, `(…, k)` fp32 descending, and their token ids."""
-        values = self._in_chunks(lambda h: torch.cat(self._topk_pair(h, k), -1), hidden)
-        return values[..., :k].float(), values[..., k:].long()
 
-    def _topk_pair(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        values, ids = self.logits(hidden).topk(k, -1)
-        return values.double(), ids.double()  # one tensor for the chunk loop; ids are exact in fp64
+        def chunk(h: Tensor) -> Tensor:
+            return packed(*largest(self.logits(h), k, self.kernels))
+
+        values, tokens = unpacked(self._in_chunks(chunk, hidden), k)
+        return values, tokens
 
     @torch.no_grad()
+    def topk_logsumexp(
+        self, hidden: Tensor, k: int, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The k largest logits, their ids, and `log Σ_v exp(logits / temperature)`: a decoding step."""
+        check_temperature(temperature)
+
+        def chunk(h: Tensor) -> Tensor:
+            z = self.logits(h)
+            total = logsumexp(z if temperature == 1 else z / temperature, self.kernels)
+            return packed(*largest(z, k, self.kernels), total)
+
+        values, tokens, total = unpacked(self._in_chunks(chunk, hidden), k)
+        return values, tokens, total
+
     def topk_log_prob(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the k likeliest tokens, `(…, k)` fp32 descending, and their ids: a decoding step."""
-        values, tokens = self.topk(hidden, k)
-        return values - self.logsumexp(hidden).unsqueeze(-1), tokens
+        """Log-probabilities of the k likeliest tokens, `(…, k)` fp32 descending, and their ids."""
+        values, tokens, total = self.topk_logsumexp(hidden, k)
+        return values - total.unsqueeze(-1), tokens
 
     @torch.no_grad()
     def sample(
@@ -256,20 +275,6 @@ class Head(nn.Module):
     def index_limits(self) -> dict[str, int]:
         """Names of this head's own integer tensors that are indices, and how many there are to choose from."""
         return {}
-
-    def check_indices(self) -> None:
-        """Raise ValueError if this head, or one inside it, holds an index to something that is not there."""
-        for path, module in self.named_modules():
-            for name, count in module.index_limits().items() if isinstance(module, Head) else ():
-                tensor = module.get_buffer(name)
-                if tensor.is_meta or not tensor.numel():
-                    continue
-                low, high = map(int, tensor.aminmax())
-                if low < 0 or high >= count:
-                    raise ValueError(
-                        f"{path}{path and '.'}{name} of the {type(self).__name__} holds indices from {low} to {high}, "
-                        f"but there are 0 to {count - 1}: the checkpoint is damaged; export or download it again"
-                    )
 
     def notes(self) -> list[str]:
         """Facts about this head that `describe` prints, one a line."""

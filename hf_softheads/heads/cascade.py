@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.fit.blockwise import over_states
+from hf_softheads.heads.forms.largest import largest, logsumexp, packed
 from hf_softheads.heads.low_rank import LowRank
 from hf_softheads.heads.screened import STATES, Screened, ScreenedHead
 from hf_softheads.registry import NotNegative
@@ -75,7 +76,6 @@ class _Preview(NamedTuple):
     previews: Tensor  # shifted by `weight`, (N, V)
     values: Tensor  # exact scores of the candidates, then some more of the best previews, (N, candidates + more)
     tokens: Tensor  # whose they are
-    total: Tensor  # `log Σ exp` of the mixed logits, (N,)
     unsure: Tensor  # (N,) bool
 
 
@@ -102,15 +102,13 @@ class CascadeHead(ScreenedHead):
         transform = self.transform or (lambda z: z)
         previews = self.screen.scores(hidden).float() + self.weight
         count = min(self.candidates + more, self.out_features)
-        best, tokens = self._largest(previews.detach(), count)
+        best, tokens = largest(previews.detach(), count, self.kernels)
         first = tokens[..., : self.candidates]
         exact = self.inner.score(hidden, first)
         rest = transform(previews.detach()).scatter(-1, first, -torch.inf)
-        mass, left = transform(exact.detach()).logsumexp(-1), self._logsumexp(rest)
+        mass, left = transform(exact.detach()).logsumexp(-1), logsumexp(rest, self.kernels)
         values = torch.cat([exact, best[..., self.candidates :]], -1)
-        return _Preview(
-            previews, values, tokens, torch.logaddexp(mass, left), mass - left < self.margin
-        )
+        return _Preview(previews, values, tokens, mass - left < self.margin)
 
     def _mixed(self, hidden: Tensor) -> Tensor:
         found = self._preview(hidden, 0)
@@ -129,24 +127,30 @@ class CascadeHead(ScreenedHead):
     def _whole(self, hidden: Tensor) -> Tensor:
         """Scores by all exact rows, the best once more with sums in fp32."""
         scores = self.inner.scores(hidden).float()
-        tokens = self._largest(scores.detach(), self.candidates)[1]
+        tokens = largest(scores.detach(), self.candidates, self.kernels)[1]
         return scores.scatter(-1, tokens, self.inner.score(hidden, tokens))
 
-    def _best(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+    def _best(self, hidden: Tensor, k: int, temperature: float | None) -> Tensor:
         transform = self._known_transform()
 
-        def row(values: Tensor, tokens: Tensor, total: Tensor) -> Tensor:
-            return torch.cat([values.double(), tokens.double(), total.double().unsqueeze(-1)], -1)
+        def row(values: Tensor, tokens: Tensor, *parts: Tensor) -> Tensor:
+            if temperature is None:
+                return packed(values, tokens)
+            sums = [logsumexp(part / temperature, self.kernels) for part in parts]
+            return packed(values, tokens, torch.stack(sums).logsumexp(0))
 
         def whole(h: Tensor) -> Tensor:
             logits = transform(self._whole(h))
-            return row(*logits.topk(k, -1), self._logsumexp(logits))
+            return row(*largest(logits, k, self.kernels), logits)
 
         found = self._preview(hidden, k)
+        exact = transform(found.values[..., : self.candidates])
+        tail = transform(found.previews).scatter(
+            -1, found.tokens[..., : self.candidates], -torch.inf
+        )
         most, place = transform(found.values).topk(k, -1)
-        mixed = row(most, found.tokens.gather(-1, place), found.total)
-        rows = self._settle(hidden, found.unsure, mixed, whole)
-        return rows[..., :k].float(), rows[..., k:-1].long(), lambda: rows[..., -1].float()
+        mixed = row(most, found.tokens.gather(-1, place), exact, tail)
+        return self._settle(hidden, found.unsure, mixed, whole)
 
     @property
     def bytes_read(self) -> int:

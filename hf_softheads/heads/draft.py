@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_softheads.bitpack import index_dtype
 from hf_softheads.heads.base import Head, HeadSpec
+from hf_softheads.heads.forms.largest import by_two_passes
 from hf_softheads.heads.forms.sampling import check_temperature, gumbel_max
 from hf_softheads.heads.forms.token_numbers import of_logits
 from hf_softheads.registry import Count
@@ -91,6 +92,18 @@ class DraftHead(Head):
         """Share of the statistics' tokens that have a row."""
         return int(self.millionths) / 1e6
 
+    def token_maps(self) -> dict[str, Tensor]:
+        """`d2t (n,)` int64 and `t2d (V,)` bool, as checkpoints of EAGLE-3 draft models hold them beside `weight`.
+
+        Row i is token `i + d2t[i]`; `t2d` says which tokens have a row.
+        """
+        ids = self.ids.long()
+        has_row = torch.zeros(self.out_features, dtype=torch.bool, device=ids.device)
+        return {
+            "d2t": ids - torch.arange(len(ids), device=ids.device),
+            "t2d": has_row.index_fill(0, ids, True),
+        }
+
     def kept(self, hidden: Tensor) -> Tensor:
         """Scores of the tokens `ids`, `(…, n)`."""
         return F.linear(hidden, self.weight, self.bias)
@@ -136,6 +149,12 @@ class DraftHead(Head):
             return super().topk(hidden, k)
         values, places = self._kept_logits(hidden).topk(k, -1)
         return values, self.ids.long()[places]
+
+    @torch.no_grad()
+    def topk_logsumexp(
+        self, hidden: Tensor, k: int, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return by_two_passes(self, hidden, k, temperature)
 
     @torch.no_grad()
     def sample(

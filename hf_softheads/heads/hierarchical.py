@@ -15,6 +15,7 @@ from hf_softheads.heads.base import Head, HeadSpec
 from hf_softheads.heads.fit.blockwise import blocks, over_states, progress, scores_of
 from hf_softheads.heads.fit.hessian import metric_root
 from hf_softheads.heads.fit.kmeans import kmeans, require_finite, weighted_means
+from hf_softheads.heads.forms.largest import by_two_passes
 from hf_softheads.heads.forms.sampling import gumbel_max
 from hf_softheads.heads.forms.wrapper import WrapperHead, WrapperSpec
 from hf_softheads.registry import Count, CountOrZero
@@ -256,6 +257,14 @@ class HierarchicalHead(WrapperHead):
             values, kept = values.topk(min(k, len(values)))
             tokens = tokens[kept]
         return values, tokens
+
+    @torch.no_grad()
+    def topk_logsumexp(
+        self, hidden: Tensor, k: int, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if temperature != 1.0 or self._known_transform().scale is None:
+            return super().topk_logsumexp(hidden, k, temperature)
+        return by_two_passes(self, hidden, k, temperature)
 
     @torch.no_grad()
     def sample(

@@ -179,8 +179,10 @@ class ProjectedHead(WrapperHead):
         return self.inner_alike().topk(self.prepare(hidden), k)
 
     @torch.no_grad()
-    def topk_log_prob(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return self.inner_alike().topk_log_prob(self.prepare(hidden), k)
+    def topk_logsumexp(
+        self, hidden: Tensor, k: int, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.inner_alike().topk_logsumexp(self.prepare(hidden), k, temperature)
 
     @torch.no_grad()
     def sample(

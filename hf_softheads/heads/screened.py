@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from hf_softheads.heads.base import Head, HeadSpec, LogitTransform
 from hf_softheads.heads.dense import Dense
 from hf_softheads.heads.fit.blockwise import over_states, scores_of
+from hf_softheads.heads.forms.largest import largest, logsumexp, packed, unpacked
+from hf_softheads.heads.forms.sampling import check_temperature
 from hf_softheads.heads.forms.token_numbers import of_logits
 from hf_softheads.kernels import why_not
-from hf_softheads.kernels.screened import largest, logsumexp
 from hf_softheads.registry import Count
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class ScreenedHead(Head):
 
     def _mixed(self, hidden: Tensor) -> Tensor:
         previews = self.screen.scores(hidden).float()
-        tokens = self._largest(previews.detach(), self.candidates)[1]
+        tokens = largest(previews.detach(), self.candidates, self.kernels)[1]
         exact = self.inner.score(hidden, tokens)
         if torch.is_grad_enabled():
             return (previews + self.weight).scatter(-1, tokens, exact)
@@ -141,62 +141,40 @@ class ScreenedHead(Head):
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return self._pairs(lambda h: self._best(h, k)[:2], hidden, k)
+        values, tokens = self._found(hidden, k, None)
+        return values, tokens
 
     @torch.no_grad()
-    def topk_log_prob(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        def chunk(h: Tensor) -> tuple[Tensor, Tensor]:
-            values, tokens, total = self._best(h, k)
-            return values - total().unsqueeze(-1), tokens
+    def topk_logsumexp(
+        self, hidden: Tensor, k: int, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        check_temperature(temperature)
+        values, tokens, total = self._found(hidden, k, temperature)
+        return values, tokens, total
 
-        return self._pairs(chunk, hidden, k)
-
-    def _pairs(
-        self, function: Callable[[Tensor], tuple[Tensor, Tensor]], hidden: Tensor, k: int
-    ) -> tuple[Tensor, Tensor]:
-        """Numbers and tokens, `(…, k)` both, of hidden states in chunks."""
-
+    def _found(self, hidden: Tensor, k: int, temperature: float | None) -> tuple[Tensor, ...]:
         def chunk(h: Tensor) -> Tensor:
-            values, tokens = function(h)
-            return torch.cat([values.double(), tokens.double()], -1)
+            return self._best(h, k, temperature)
 
-        both = self._in_chunks(chunk, hidden, width=self._width)
-        return both[..., :k].float(), both[..., k:].long()
+        return unpacked(self._in_chunks(chunk, hidden, width=self._width), k)
 
-    def _best(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
-        """The largest logits and their tokens, `(N, k)` both, and what gives `log Σ exp` of all, `(N,)`."""
+    def _best(self, hidden: Tensor, k: int, temperature: float | None) -> Tensor:
+        """The largest logits and their tokens and, at a temperature, `log Σ exp(z / T)` of all, `packed`."""
         transform = self._known_transform()
         previews = self.screen.scores(hidden).float()
         count = min(self.candidates + k, self.out_features)
-        values, tokens = self._largest(previews, count)
+        values, tokens = largest(previews, count, self.kernels)
         chosen = tokens[..., : self.candidates]
         exact = transform(self.inner.score(hidden, chosen))
         rest = transform(values[..., self.candidates :] + self.weight)
         most, place = torch.cat([exact, rest], -1).topk(k, -1)
-
-        def total() -> Tensor:
-            tail = transform(previews.add_(self.weight)).scatter_(-1, chosen, -torch.inf)
-            return torch.logaddexp(exact.logsumexp(-1), self._logsumexp(tail))
-
-        return most, tokens.gather(-1, place), total
-
-    def _largest(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        best = largest if self._compiled(scores) else torch.topk
-        values, tokens = best(scores, count)
-        return values, tokens
-
-    def _logsumexp(self, scores: Tensor) -> Tensor:
-        return logsumexp(scores) if self._compiled(scores) else scores.logsumexp(-1)
-
-    def _compiled(self, scores: Tensor) -> bool:
-        """Does the kernel go over these scores, instead of torch?"""
-        return (
-            self.kernels != "off"
-            and not scores.requires_grad
-            and scores.device.type == "cpu"
-            and scores.ndim == 2
-            and why_not("screened") is None
-        )
+        best = most, tokens.gather(-1, place)
+        if temperature is None:
+            return packed(*best)
+        tail = transform(previews.add_(self.weight)).scatter_(-1, chosen, -torch.inf)
+        tail = tail if temperature == 1 else tail.div_(temperature)
+        inner = (exact / temperature).logsumexp(-1)
+        return packed(*best, torch.logaddexp(inner, logsumexp(tail, self.kernels)))
 
     def code_table(self) -> tuple[Tensor, int] | None:
         return self.inner.code_table() or self.screen.code_table()

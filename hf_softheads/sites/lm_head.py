@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_softheads import bridge
 from hf_softheads.heads.base import Head, LogitTransform
+from hf_softheads.heads.forms.indices import check_indices
 from hf_softheads.heads.stats import check_stats
 from hf_softheads.sites.base import Fitting, Part, Row, Site
 
@@ -108,7 +109,7 @@ class LMHead(Site):
     def loaded(self, model: PreTrainedModel) -> None:
         head = bridge.active_head(model)
         if isinstance(head, Head):
-            head.check_indices()
+            check_indices(head)
             head.transform = _rising_transform(model)
 
     def describe(self, model: PreTrainedModel, part: Part) -> tuple[Iterable[Row], list[str]]:

@@ -111,6 +111,13 @@ def _check_methods(head: Any, hidden: Tensor, labels: Tensor, transform: str) ->
             most, values - logits.logsumexp(-1, keepdim=True), rtol=1e-4, atol=2e-5
         )
         torch.testing.assert_close(logits.gather(-1, likeliest), values, rtol=1e-5, atol=1e-5)
+        for temperature in (1.0, 0.7):
+            best, _, total = head.topk_logsumexp(hidden, k, temperature)
+            torch.testing.assert_close(best, values, rtol=1e-5, atol=1e-5)
+            expected = (logits / temperature).logsumexp(-1)
+            torch.testing.assert_close(total, expected, rtol=1e-4, atol=2e-5)
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        head.topk_logsumexp(hidden, 1, 0.0)
     assert head.sample(hidden).shape == shape
 
 

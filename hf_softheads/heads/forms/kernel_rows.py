@@ -174,12 +174,10 @@ class KernelRowsHead(Rebuilt, RowsHead):
         return self._owner(hidden).topk(self, hidden, k)
 
     @torch.no_grad()
-    def topk_log_prob(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        if self._owner(hidden) is RowsHead:
-            return super().topk_log_prob(hidden, k)
-        z = self.logits(hidden)
-        values, tokens = z.topk(k, -1)
-        return values - z.logsumexp(-1, keepdim=True), tokens
+    def topk_logsumexp(
+        self, hidden: Tensor, k: int, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._owner(hidden).topk_logsumexp(self, hidden, k, temperature)
 
     @torch.no_grad()
     def sample(

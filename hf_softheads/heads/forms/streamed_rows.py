@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_softheads.heads import base
 from hf_softheads.heads.base import Head
+from hf_softheads.heads.forms.largest import by_two_passes
 from hf_softheads.heads.forms.sampling import check_temperature
 from hf_softheads.heads.forms.token_numbers import over_blocks
 from hf_softheads.heads.forms.token_rows import RowKind
@@ -164,6 +165,14 @@ class RowsHead(Head):
             values, kept = values.topk(min(k, values.shape[-1]), -1)
             places = places.gather(-1, kept)
         return values, self._tokens(places)
+
+    @torch.no_grad()
+    def topk_logsumexp(
+        self, hidden: Tensor, k: int, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if hidden.shape[:-1].numel() * self.out_features <= base._CHUNK_ELEMENTS:
+            return super().topk_logsumexp(hidden, k, temperature)
+        return by_two_passes(self, hidden, k, temperature)
 
     @torch.no_grad()
     def sample(

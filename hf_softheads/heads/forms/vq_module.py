@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_softheads.bitpack import index_dtype
 from hf_softheads.heads.base import Head
+from hf_softheads.heads.forms.largest import by_two_passes
 from hf_softheads.heads.forms.sampling import check_temperature, gumbel_max
 from hf_softheads.heads.forms.token_rows import RowKind
 
@@ -138,6 +139,14 @@ class VQHead(Head):
             tokens, values = tokens.flatten(-2), values.flatten(-2)
         values, order = self._known_transform()(values).topk(k, -1)
         return values, tokens.gather(-1, order)
+
+    @torch.no_grad()
+    def topk_logsumexp(
+        self, hidden: Tensor, k: int, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._factorises:
+            return super().topk_logsumexp(hidden, k, temperature)
+        return by_two_passes(self, hidden, k, temperature)
 
     @torch.no_grad()
     def sample(
