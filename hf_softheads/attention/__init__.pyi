@@ -3,12 +3,16 @@ from hf_softheads.attention.adaptive_temperature import AdaptiveTemperature as A
 from hf_softheads.attention.asentmax import ASEntmax as ASEntmax
 from hf_softheads.attention.base import attend as attend
 from hf_softheads.attention.call import Geometry as Geometry
+from hf_softheads.attention.call import State as State
 from hf_softheads.attention.elu import ELU as ELU
 from hf_softheads.attention.entmax import Entmax as Entmax
 from hf_softheads.attention.entmax15 import Entmax15 as Entmax15
 from hf_softheads.attention.gated import Gated as Gated
 from hf_softheads.attention.identity import Identity as Identity
 from hf_softheads.attention.learned_sink import LearnedSink as LearnedSink
+from hf_softheads.attention.linear.decay_linear import DecayLinear as DecayLinear
+from hf_softheads.attention.linear.elu_linear import EluLinear as EluLinear
+from hf_softheads.attention.linear.hedgehog import Hedgehog as Hedgehog
 from hf_softheads.attention.log_n import LogN as LogN
 from hf_softheads.attention.lssa import LSSA as LSSA
 from hf_softheads.attention.lssar import LSSAR as LSSAR

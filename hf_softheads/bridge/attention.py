@@ -247,4 +247,5 @@ def geometry(model: PreTrainedModel, index: int, module: Any) -> Geometry:
         or hidden // heads,
         hidden_size=hidden,
         layer_idx=index,
+        layers=getattr(config, "num_hidden_layers", None) or index + 1,
     )

@@ -1,0 +1,195 @@
+"""What variants with a recurrent state promise beyond the contract: three forms that agree, a state that goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import hf_softheads.attention as sa
+from hf_softheads.attention.base import AttentionSpec, attend
+from hf_softheads.attention.linear import forms
+from tests.attention.samples import SPECS, Sample, label, left_padded, sample
+from tests.attention.test_contract import close
+from tests.attention.test_golden import case
+
+LINEAR = [spec for spec in SPECS if spec.has_state]
+every_variant = pytest.mark.parametrize("spec", LINEAR, ids=label)
+
+
+def run(given: Sample, **options: Any) -> Tensor:
+    s = given
+    return attend(
+        s.spec, s.query, s.key, s.value, s.keep, params=s.params, hidden=s.hidden, **options
+    )
+
+
+def part(given: Sample, tokens: slice, keep: Tensor | None = None) -> Sample:
+    """Some tokens of a sample: queries, keys and all."""
+    changes = {n: getattr(given, n)[:, :, tokens] for n in ("query", "key", "value")}
+    hidden = None if given.hidden is None else given.hidden[:, tokens]
+    return replace(given, **changes, hidden=hidden, keep=keep)
+
+
+@every_variant
+@pytest.mark.parametrize("length", [1, 63, 130])
+def test_three_forms_agree(spec: AttentionSpec, length: int) -> None:
+    """On lengths that fill no chunk, with padding on the left, in the middle and on the right; gradients too."""
+    real = torch.ones(3, length, dtype=torch.bool)
+    real[0, : length // 3] = False
+    real[1, length // 2 : length // 2 + length // 5] = False
+    real[2, length - length // 4 :] = False
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    for keep in (None, causal & real[:, None, None, :]):
+        inputs = sample(spec, batch=3, queries=length, keep=keep).requires_grad()
+        want = run(inputs, form="quadratic")
+        grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(1))
+        wanted = inputs.grads(want, grad)
+        for form in ("chunked", "recurrent"):
+            if form == "recurrent" and keep is None and length > 64:
+                continue
+            out = run(inputs, form=form)
+            close(form, out, want, 1e-5)
+            for name, got in inputs.grads(out, grad).items():
+                close(f"{form} d{name}", got, wanted[name], 1e-4)
+
+
+@every_variant
+def test_gradients_of_chunks_in_float64(spec: AttentionSpec, monkeypatch: Any) -> None:
+    monkeypatch.setattr(forms, "CHUNK", 3)
+    inputs = sample(
+        spec, batch=1, heads=2, kv_heads=1, queries=8, dim=4, dtype=torch.float64,
+        keep=left_padded([7], 8),
+    ).requires_grad()  # fmt: skip
+    leaves = inputs.leaves()
+
+    def chunked(*tensors: Tensor) -> Tensor:
+        given = dict(zip(leaves, tensors, strict=True))
+        params = {n: given[n] for n in inputs.params}
+        changes = {n: given[n] for n in ("query", "key", "value")}
+        return run(
+            replace(inputs, **changes, params=params, hidden=given.get("hidden")), form="chunked"
+        )
+
+    assert torch.autograd.gradcheck(chunked, tuple(leaves.values()), atol=1e-6, fast_mode=True)
+
+
+@every_variant
+def test_a_state_goes_on(spec: AttentionSpec) -> None:
+    """A text in pieces, token by token or in chunks, left-padded, equals the text at once; the state does not grow."""
+    keep = left_padded([40, 29], 40)
+    for mask in (None, keep):
+        whole = sample(spec, queries=40, keep=mask)
+        want = run(whole)
+        state, outputs, start = sa.State(), [], 0
+        for length in (17, 1, 1, 19, 1, 1):
+            tokens = slice(start, start + length)
+            columns = None if mask is None else mask[:, :, tokens, tokens]
+            outputs.append(run(part(whole, tokens, columns), state=state))
+            start += length
+            sizes = [t.shape for t in state.tensors]
+        close("out", torch.cat(outputs, 2), want, 2e-5)
+        before = sizes
+        run(part(whole, slice(0, 5)), state=state)
+        assert [t.shape for t in state.tensors] == before
+        assert state.seen == 45
+
+
+def test_decay_is_the_recurrence_of_its_formula() -> None:
+    spec = sa.DecayLinear()
+    inputs = sample(spec, queries=9, dtype=torch.float64)
+    key, value = (x.repeat_interleave(2, 1) for x in (inputs.key, inputs.value))
+    decay = (-inputs.params["rate"].exp()).exp()
+    state = torch.zeros(2, 4, 8, 8, dtype=torch.float64)
+    out = run(inputs)
+    for t in range(9):
+        entering = F.silu(key[:, :, t, :, None]) * value[:, :, t, None, :]
+        state = decay[:, None, None] * state + entering
+        read = (F.silu(inputs.query[:, :, t, None]) @ state)[:, :, 0]
+        norm = read * (read.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        close("out", out[:, :, t], norm * inputs.params["gain"], 1e-12)
+
+
+def test_decay_starts_as_published_and_may_be_kept() -> None:
+    geometry = sa.Geometry(heads=8, kv_heads=8, head_dim=4, hidden_size=32, layer_idx=1, layers=4)
+    rate = sa.DecayLinear().init_params(geometry)["rate"]
+    close("log λ", -rate.exp(), -torch.arange(1.0, 9) * (1 - 1 / 4), 1e-6)
+    kept = sample(sa.DecayLinear(learn=False)).requires_grad()
+    grads = kept.grads(kept(), torch.ones(2, 4, 11, 8))
+    assert (grads["rate"] == 0).all()
+    assert (grads["gain"] != 0).any()
+
+
+def test_hedgehog_as_the_authors_compute_it() -> None:
+    want = case("hedgehog_lolcats", "linear.base")
+    spec = sa.Hedgehog(features=8)
+    leaves = {n: want[n].clone().requires_grad_() for n in ("q", "k", "v", "W_q", "W_k")}
+    params = {n: leaves[n] for n in ("W_q", "W_k")}
+    for form in ("quadratic", "chunked", "recurrent"):
+        out = attend(spec, leaves["q"], leaves["k"], leaves["v"], params=params, form=form)
+        close("out", out, want["out"], 1e-5)
+        grads = torch.autograd.grad(out, list(leaves.values()), want["grad_out"])
+        for name, grad in zip(leaves, grads, strict=True):
+            close(f"d{name}", grad, want[f"d{name}"], 2e-5)
+    one_hot = torch.eye(17).expand(2, 4, 17, 17)
+    got = attend(spec, want["q"], want["k"], one_hot, params=params)
+    close("weights", got, want["weights"], 1e-5)
+
+
+def test_features_as_the_authors_compute_them() -> None:
+    from hf_softheads.attention.linear.elu_linear import raised
+    from hf_softheads.attention.linear.hedgehog import both_softmaxes
+
+    want = case("hedgehog_lolcats", "feature_map")
+    close("softmax", both_softmaxes(want["x"] @ want["W_q"], 1e-12), want["softmax_dim"], 1e-6)
+    close("identity", both_softmaxes(want["x"], 1e-12), want["softmax_dim_identity"], 1e-6)
+    close("elu", raised(want["x"]), want["pos_elu"], 1e-6)
+
+
+@pytest.mark.parametrize("spec", [sa.EluLinear(), sa.Hedgehog()], ids=label)
+def test_encoders_read_both_ways(spec: AttentionSpec) -> None:
+    inputs = sample(spec, queries=70)
+    keep = torch.ones(1, 1, 70, 70, dtype=torch.bool)
+    keep[..., 60:] = False
+    outs = [
+        run(replace(inputs, keep=keep), causal=False, form=form) for form in (None, "quadratic")
+    ]
+    close("out", *outs, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sa.Hedgehog(features=0), "features must be at least 1, got 0"),
+        (lambda: run(sample(sa.Softmax()), form="chunked"), "softmax has no other form"),
+        (lambda: run(sample(sa.Softmax()), state=sa.State()), "softmax has no other form"),
+        (lambda: run(sample(sa.Hedgehog()), form="fast"), "one of quadratic, chunked, recurrent"),
+        (lambda: run(sample(sa.DecayLinear()), causal=False), "an encoder's attention"),
+        (
+            lambda: run(sample(sa.Hedgehog()), form="quadratic", state=sa.State()),
+            "a state holds no keys",
+        ),
+        (
+            lambda: run(sample(sa.Hedgehog()), bias=torch.ones(11, 11)),
+            "no scores that a bias could be added to",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_input(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_masks_that_no_state_can_follow() -> None:
+    packed = torch.tensor([0] * 4 + [1] * 7)
+    keep = (packed[:, None] == packed) & torch.ones(11, 11, dtype=torch.bool).tril()
+    inputs = sample(sa.EluLinear(), keep=keep)
+    close("out", run(inputs), run(inputs, form="quadratic"), 1e-6)
+    with pytest.raises(ValueError, match="packed sequences or a window"):
+        run(inputs, form="chunked")
+    with pytest.raises(ValueError, match="packed sequences or a window"):
+        run(inputs, state=sa.State())
