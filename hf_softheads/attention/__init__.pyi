@@ -10,9 +10,17 @@ from hf_softheads.attention.entmax15 import Entmax15 as Entmax15
 from hf_softheads.attention.gated import Gated as Gated
 from hf_softheads.attention.identity import Identity as Identity
 from hf_softheads.attention.learned_sink import LearnedSink as LearnedSink
+from hf_softheads.attention.linear.based import Based as Based
+from hf_softheads.attention.linear.cosformer import CosFormer as CosFormer
 from hf_softheads.attention.linear.decay_linear import DecayLinear as DecayLinear
 from hf_softheads.attention.linear.elu_linear import EluLinear as EluLinear
+from hf_softheads.attention.linear.feed_forward_kernel import FeedForwardKernel as FeedForwardKernel
 from hf_softheads.attention.linear.hedgehog import Hedgehog as Hedgehog
+from hf_softheads.attention.linear.learned_kernel import LearnedKernel as LearnedKernel
+from hf_softheads.attention.linear.mala import MALA as MALA
+from hf_softheads.attention.linear.performer import Performer as Performer
+from hf_softheads.attention.linear.rebased import ReBased as ReBased
+from hf_softheads.attention.linear.taylor_softmax import TaylorSoftmax as TaylorSoftmax
 from hf_softheads.attention.log_n import LogN as LogN
 from hf_softheads.attention.lssa import LSSA as LSSA
 from hf_softheads.attention.lssar import LSSAR as LSSAR

@@ -16,12 +16,16 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "adaptive_temperature": [{"long": [0.0, 2.42], "long_from": 1.0}, {"train_through": False}],
     "asentmax": [{"adaptive": False}],
     "elu": [{"normalised": False}, {"features": True}],
+    "based": [{"dim": None}],
+    "cosformer": [{"length": 160}],
     "entmax": [{"alpha": 1.25}, {"alpha": 2.5}, {"learn": True}],
     "gated": [{"per": "head"}],
     "identity": [{"normalised": False}],
     "log_n": [{"length": 4}],
     "lssar": [{"p": 3}],
     "mixed": [{"other": {"name": "gated"}, "start": 0.4}, {"other": "learned_sink"}],
+    "mala": [{"a": "code"}],
+    "rebased": [{"dim": None}],
     "relu": [{"power": 2}, {"divide": "length", "length": 17}, {"divide": "none"}],
     "sa_softmax": [{"normalised": False}],
     "selective": [{"position": "linear"}, {"position": "sigmoid", "token": True}],
@@ -34,6 +38,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
     "ssmax": [{"bias": True}],
     "swat": [{"window": 6}, {"window": 5, "slopes": "negative"}],
+    "taylor_softmax": [{"terms": 5}],
     "top_k": [{"k": 4}, *({"k": 4, "rest": r} for r in ("mean", "linear", "quadratic"))],
 }
 SPECS: list[AttentionSpec] = [
@@ -41,6 +46,8 @@ SPECS: list[AttentionSpec] = [
     for name in variants("attention")
     for setting in [{}, *SETTINGS.get(name, [])]
 ]
+SLACK = {"rebased": 50.0}
+"""Times the rounding of others: the square of a score near 0 is a small difference of large products of features."""
 ROW_MAPS = [s for s in SPECS if s._overrides("weights")]
 
 

@@ -9,7 +9,8 @@ reads key head `h // (H // G)`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK = 64
+
+
+class Kernel(NamedTuple):
+    """`φ(q)·φ(k) = of(query·key)` of smaller queries and keys: cheaper than features within a chunk, and exact."""
+
+    query: Tensor
+    key: Tensor
+    of: Callable[[Tensor], Tensor]
 
 
 def quadratic(weights: Tensor, value: Tensor, keep: Tensor) -> Tensor:
@@ -61,15 +70,22 @@ def read(query: Tensor, state: Tensor) -> Tensor:
 
 
 def chunked(
-    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, state: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    kernel: Kernel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chunks of 64 tokens: a small matrix within each, the state between them. Time and memory are linear in Q = K."""
     tokens, groups = query.shape[2], key.shape[1]
     size = min(CHUNK, tokens)
-    query, key, value = (_in_chunks(x, size) for x in (query, key, value))
-    # the query heads of a group are rows of one matrix: (B, G, N, H/G · C, F)
-    query = query.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3, 4)
-    scores = query @ key.mT
+    query, key, value = _rows(query, groups, size), _in_chunks(key, size), _in_chunks(value, size)
+    if kernel is None:
+        scores = query @ key.mT
+    else:
+        small = _in_chunks(repeated(kernel.key, groups), size)
+        scores = kernel.of(_rows(kernel.query, groups, size) @ small.mT)
     scores = scores.unflatten(-2, (-1, size))
     entering, carry = key, None
     if log_decay is None:
@@ -142,6 +158,13 @@ def repeated(x: Tensor, heads: int) -> Tensor:
 
 def _factor(carry: Tensor, n: int) -> Tensor:
     return carry[:, :, n, None, None]
+
+
+def _rows(query: Tensor, groups: int, size: int) -> Tensor:
+    """Chunks of queries, the heads of a group as rows of one matrix: `(B, G, N, H/G · C, F)`."""
+    grouped = _in_chunks(query, size).unflatten(1, (groups, -1)).transpose(2, 3)
+    rows: Tensor = grouped.flatten(3, 4)
+    return rows
 
 
 def _in_chunks(x: Tensor, size: int) -> Tensor:

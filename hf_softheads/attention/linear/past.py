@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from hf_softheads.attention.call import Inputs, own_key
 from hf_softheads.attention.engines import Choice
 from hf_softheads.attention.linear import forms
+from hf_softheads.attention.linear.forms import Kernel
 
 
 class Form(NamedTuple):
@@ -62,11 +62,16 @@ class Past:
     @property
     def total(self) -> bool:
         """Every query sees all the keys: encoders, and a single query."""
-        return not self.inputs.causal or self.queries == 1
+        return self.queries == 1 or not (self.inputs.causal or self.inputs.keep is None)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text so far, this call's keys and padding included."""
+        return self.keys + (0 if self.state is None else self.state.seen)
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Indices of the queries `(1|B, 1, Q, 1)` and of the keys `(1, 1, K, 1)` in the text."""
-        before = 0 if self.state is None else self.state.seen
+        before = self.length - self.keys
         keys = torch.arange(self.keys, device=self.inputs.key.device).view(1, 1, -1, 1)
         return own_key(self.inputs).unsqueeze(-1) + before, keys + before
 
@@ -76,7 +81,7 @@ class Past:
         key: Tensor,
         value: Tensor,
         eps: float,
-        kernel: Callable[[], Tensor] | None = None,
+        kernel: Kernel | None = None,
     ) -> Tensor:
         """`Σ w v / (Σ w + ε)`."""
         sums, total = self.sum(query, key, value, kernel=kernel)
@@ -88,7 +93,7 @@ class Past:
         key: Tensor,
         value: Tensor,
         log_decay: Tensor | None = None,
-        kernel: Callable[[], Tensor] | None = None,
+        kernel: Kernel | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`Σ w v` and `Σ w` over the keys that a query sees, `w = φ(q)·φ(k)`, times what the decay leaves of it.
 
@@ -96,19 +101,18 @@ class Past:
             query, key: features `(B, H, Q, F)` and `(B, H|Hkv, K, F)`.
             value: `(B, Hkv, K, Dv)`.
             log_decay: `(1|B, H, K)`, at most 0; one number for each token.
-            kernel: all the w, `(B, H, Q, K)`, where they can be had without features: the quadratic form's own way.
+            kernel: the same w without features, where a matrix of them is computed anyway.
         """
-        value = forms.repeated(
-            torch.cat([value, torch.ones_like(value[..., :1])], -1), key.shape[1]
-        )
+        value = torch.cat([value, torch.ones_like(value[..., :1])], -1)
         if self.real is not None:
-            key = key.masked_fill(~self.real, 0.0)
+            value = value.masked_fill(~self.real, 0.0)
             if log_decay is not None:
                 log_decay = log_decay.masked_fill(~self.real.squeeze(-1), 0.0)
+        value = forms.repeated(value, key.shape[1])
         if self.form == "quadratic":
             out = self._quadratic(query, key, value, log_decay, kernel)
         else:
-            out = self._by_state(query, key, value, log_decay)
+            out = self._by_state(query, key, value, log_decay, kernel)
         return out[..., :-1], out[..., -1:]
 
     def close(self) -> None:
@@ -135,10 +139,12 @@ class Past:
         key: Tensor,
         value: Tensor,
         log_decay: Tensor | None,
-        kernel: Callable[[], Tensor] | None,
+        kernel: Kernel | None,
     ) -> Tensor:
         keep = self.keep()
-        weights = query @ forms.repeated(key, self.heads).mT if kernel is None else kernel()
+        product = (query, key) if kernel is None else (kernel.query, kernel.key)
+        weights = product[0] @ forms.repeated(product[1], self.heads).mT
+        weights = weights if kernel is None else kernel.of(weights)
         if log_decay is not None:
             passed = log_decay.double().cumsum(-1)  # differences of large sums
             own = own_key(self.inputs).expand(*passed.shape[:2], -1)
@@ -148,7 +154,12 @@ class Past:
         return forms.quadratic(weights, value, keep)
 
     def _by_state(
-        self, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_decay: Tensor | None,
+        kernel: Kernel | None,
     ) -> Tensor:
         state = self._next(query.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1]))
         if self.total:
@@ -160,8 +171,13 @@ class Past:
             passing = None if log_decay is None else log_decay[..., :lead]
             state = forms.folded(key[:, :, :lead], value[:, :, :lead], passing, state)
             log_decay = None if log_decay is None else log_decay[..., lead:]
-        run = forms.chunked if self.form == "chunked" else forms.recurrent
-        out, state = run(query, key[:, :, lead:], value[:, :, lead:], log_decay, state)
+        key, value = key[:, :, lead:], value[:, :, lead:]
+        if self.form == "recurrent":
+            out, state = forms.recurrent(query, key, value, log_decay, state)
+        else:
+            if kernel is not None:
+                kernel = kernel._replace(key=kernel.key[:, :, lead:])
+            out, state = forms.chunked(query, key, value, log_decay, state, kernel)
         self._written.append(state)
         return out
 
