@@ -44,7 +44,8 @@ class Past:
         self.state = inputs.state
         _refuse(name, inputs)
         self.real, follows = _real_keys(inputs)
-        self.form = inputs.form or ("chunked" if follows else "quadratic")
+        single = self.queries == 1 and self.state is None  # a row of weights is less than a state
+        self.form = inputs.form or ("chunked" if follows and not single else "quadratic")
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
         if not follows and (self.form != "quadratic" or self.state is not None):
