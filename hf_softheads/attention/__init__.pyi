@@ -15,8 +15,10 @@ from hf_softheads.attention.linear.cosformer import CosFormer as CosFormer
 from hf_softheads.attention.linear.decay_linear import DecayLinear as DecayLinear
 from hf_softheads.attention.linear.elu_linear import EluLinear as EluLinear
 from hf_softheads.attention.linear.feed_forward_kernel import FeedForwardKernel as FeedForwardKernel
+from hf_softheads.attention.linear.gated_delta import GatedDelta as GatedDelta
 from hf_softheads.attention.linear.hedgehog import Hedgehog as Hedgehog
 from hf_softheads.attention.linear.learned_kernel import LearnedKernel as LearnedKernel
+from hf_softheads.attention.linear.lolcats import LoLCATs as LoLCATs
 from hf_softheads.attention.linear.mala import MALA as MALA
 from hf_softheads.attention.linear.performer import Performer as Performer
 from hf_softheads.attention.linear.rebased import ReBased as ReBased

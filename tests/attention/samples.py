@@ -19,8 +19,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "based": [{"dim": None}],
     "cosformer": [{"length": 160}],
     "entmax": [{"alpha": 1.25}, {"alpha": 2.5}, {"learn": True}],
+    "gated_delta": [{"shortest": 2, "longest": 8}],
     "gated": [{"per": "head"}],
     "identity": [{"normalised": False}],
+    "lolcats": [
+        {"window": 4, "features": 6},
+        {"window": 4, "features": 6, "shape": "terraced"},
+    ],
     "log_n": [{"length": 4}],
     "lssar": [{"p": 3}],
     "mixed": [{"other": {"name": "gated"}, "start": 0.4}, {"other": "learned_sink"}],

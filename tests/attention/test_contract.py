@@ -156,6 +156,10 @@ def test_any_scale_of_scores(spec: AttentionSpec, scale: float) -> None:
 def test_one_query_over_a_cache_equals_the_full_forward(spec: AttentionSpec) -> None:
     if not spec.decode_safe:
         pytest.skip("not decode-safe by its formula")
+    if spec.has_state and spec.needs_hidden:
+        pytest.skip(
+            "it needs the layer's input of every key: it goes on from its state, see test_linear.py"
+        )
     full, slack = sample(spec), SLACK.get(spec.name, 1)
     want = full()
     for t in range(11):
@@ -277,6 +281,8 @@ TRACED_BACKWARDS = ("softpick", "ssmax", "learned_sink", "swat", "gated")
 RECURRENT = (
     "elu_linear",
     "decay_linear",
+    "lolcats",
+    "gated_delta",
 )  # the other variants with a state are the same graph with other features
 GRAPHS = [s for s in SPECS if s == type(s)() and (not s.has_state or s.name in RECURRENT)]
 

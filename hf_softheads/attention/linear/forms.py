@@ -80,18 +80,18 @@ def chunked(
     """Chunks of 64 tokens: a small matrix within each, the state between them. Time and memory are linear in Q = K."""
     tokens, groups = query.shape[2], key.shape[1]
     size = min(CHUNK, tokens)
-    query, key, value = _rows(query, groups, size), _in_chunks(key, size), _in_chunks(value, size)
+    query, key, value = _rows(query, groups, size), in_chunks(key, size), in_chunks(value, size)
     if kernel is None:
         scores = query @ key.mT
     else:
-        small = _in_chunks(repeated(kernel.key, groups), size)
+        small = in_chunks(repeated(kernel.key, groups), size)
         scores = kernel.of(_rows(kernel.query, groups, size) @ small.mT)
     scores = scores.unflatten(-2, (-1, size))
     entering, carry = key, None
     if log_decay is None:
         scores = scores.tril()
     else:
-        passed = _in_chunks(log_decay.unsqueeze(-1), size).squeeze(-1).cumsum(-1)
+        passed = in_chunks(log_decay.unsqueeze(-1), size).squeeze(-1).cumsum(-1)
         causal = torch.ones(size, size, dtype=torch.bool, device=key.device).tril()
         fading = faded(passed, passed, causal).tril()
         scores = scores * fading.unsqueeze(-3)
@@ -162,13 +162,13 @@ def _factor(carry: Tensor, n: int) -> Tensor:
 
 def _rows(query: Tensor, groups: int, size: int) -> Tensor:
     """Chunks of queries, the heads of a group as rows of one matrix: `(B, G, N, H/G · C, F)`."""
-    grouped = _in_chunks(query, size).unflatten(1, (groups, -1)).transpose(2, 3)
+    grouped = in_chunks(query, size).unflatten(1, (groups, -1)).transpose(2, 3)
     rows: Tensor = grouped.flatten(3, 4)
     return rows
 
 
-def _in_chunks(x: Tensor, size: int) -> Tensor:
-    """`(B, H, T, X)` as `(B, H, N, C, X)`; zeros fill the last chunk."""
+def in_chunks(x: Tensor, size: int) -> Tensor:
+    """`(B, H, T, X)` as `(B, H, N, size, X)`; zeros fill the last chunk."""
     padded = F.pad(x, (0, 0, 0, -x.shape[2] % size))
     chunks: Tensor = padded.unflatten(2, (-1, size))
     return chunks

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_softheads.attention.call import Inputs, own_key
 from hf_softheads.attention.engines import Choice
-from hf_softheads.attention.linear import forms
+from hf_softheads.attention.linear import delta, forms
 from hf_softheads.attention.linear.forms import Kernel
 
 
@@ -115,6 +115,29 @@ class Past:
         else:
             out = self._by_state(query, key, value, log_decay, kernel)
         return out[..., :-1], out[..., -1:]
+
+    def delta(
+        self, query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor
+    ) -> Tensor:
+        """What the gated delta rule reads, `(B, H, Q, Dv)`; see `delta`."""
+        if self.real is not None:
+            real = self.real.squeeze(-1)
+            beta, log_decay = beta.masked_fill(~real, 0.0), log_decay.masked_fill(~real, 0.0)
+        if self.form == "quadratic":
+            return delta.quadratic(query, key, value, beta, log_decay, self.keep())
+        empty = query.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1])
+        run = delta.chunked if self.form == "chunked" else delta.recurrent
+        out, state = run(query, key, value, beta, log_decay, (self.held() or (empty,))[0])
+        self.hold((state,))
+        return out
+
+    def held(self) -> tuple[Tensor, ...]:
+        """All that the state holds, for a spec with a way of its own; nothing at the beginning of a text."""
+        return () if self.state is None else self.state.tensors
+
+    def hold(self, tensors: tuple[Tensor, ...]) -> None:
+        """What the state is to hold instead."""
+        self._written.extend(tensors)
 
     def close(self) -> None:
         """Leave what was found to the next call."""
