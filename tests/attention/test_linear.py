@@ -38,7 +38,9 @@ def part(given: Sample, tokens: slice, keep: Tensor | None = None) -> Sample:
     return replace(given, **changes, hidden=hidden, keep=keep)
 
 
-@every_variant
+@pytest.mark.parametrize(
+    "spec", [s for s in LINEAR if s != sa.LoLCATs()], ids=label
+)  # few blocks of 64
 @pytest.mark.parametrize("length", [1, 31, 130])
 def test_three_forms_agree(spec: AttentionSpec, length: int) -> None:
     """On lengths that fill no chunk, with padding on the left, in the middle and on the right; gradients too."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_softheads.attention.call import Geometry, Inputs, Params
 from hf_softheads.attention.linear.base import LinearSpec
-from hf_softheads.attention.linear.blocks import in_blocks
+from hf_softheads.attention.linear.blocks import windowed
 from hf_softheads.attention.linear.forms import in_chunks, repeated, scan
 from hf_softheads.attention.linear.hedgehog import both_softmaxes
 from hf_softheads.attention.linear.past import Past
@@ -51,19 +51,7 @@ class LoLCATs(LinearSpec, name="lolcats"):
             )
         if past.form == "quadratic":
             return self._quadratic(inputs, params, past.keep())
-        sums, total = in_blocks(
-            past,
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            self.window,
-            lambda *tensors: self._blocks(inputs, params, *tensors),
-            lambda key: self._map(repeated(key, past.heads), params["W_k"]),
-        )
-        return sums / _or_one(total)
-
-    def _map(self, x: Tensor, matrix: Tensor) -> Tensor:
-        return both_softmaxes(x @ matrix, self.eps)
+        return windowed(past, inputs.query, inputs.key, inputs.value, _Window(self, inputs, params))
 
     def _quadratic(self, inputs: Inputs, params: Params, keep: Tensor) -> Tensor:
         rank, n = keep.cumsum(-1) - 1, keep.sum(-1, keepdim=True)  # among the keys of each query
@@ -71,12 +59,14 @@ class LoLCATs(LinearSpec, name="lolcats"):
         if self.shape == "terraced":
             near = rank // self.window >= (n - 1) // self.window - 1
         key = repeated(inputs.key, inputs.query.shape[1])
-        features = self._map(inputs.query, params["W_q"]) @ self._map(key, params["W_k"]).mT
-        weights = self._weights(inputs, params, inputs.query @ key.mT, features, keep, near)
+        query_map = both_softmaxes(inputs.query @ params["W_q"], self.eps)
+        features = query_map @ both_softmaxes(key @ params["W_k"], self.eps).mT
+        weights = self.weights_of(inputs, params, inputs.query @ key.mT, features, keep, near)
         sums: Tensor = weights @ repeated(inputs.value, weights.shape[1])
-        return sums / _or_one(weights.sum(-1, keepdim=True))
+        total = weights.sum(-1, keepdim=True)
+        return sums / total.masked_fill(total == 0, 1.0)
 
-    def _weights(
+    def weights_of(
         self,
         inputs: Inputs,
         params: Params,
@@ -85,6 +75,7 @@ class LoLCATs(LinearSpec, name="lolcats"):
         keep: Tensor,
         near: Tensor,
     ) -> Tensor:
+        """Weights before they are divided by their sum, from all `q·k` and `φ(q)·φ(k)`."""
         scores = products * inputs.scaling
         if inputs.softcap is not None:
             scores = (scores / inputs.softcap).tanh() * inputs.softcap
@@ -94,41 +85,64 @@ class LoLCATs(LinearSpec, name="lolcats"):
         share = params["window_factor"].sigmoid().view(1, -1, *[1] * (window.ndim - 2))
         return share * window + features.masked_fill(~keep | near, 0.0)
 
-    def _blocks(
-        self,
-        inputs: Inputs,
-        params: Params,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        state: Tensor,
+
+@dataclass(frozen=True)
+class _Window:
+    """One call's window, see `Windowed`."""
+
+    spec: LoLCATs
+    inputs: Inputs
+    params: Params
+
+    @property
+    def kept(self) -> int:
+        return self.spec.window * (1 if self.spec.shape == "sliding" else 2)
+
+    def leaving(self, count: Tensor) -> Tensor:
+        size = self.spec.window
+        if self.spec.shape == "sliding":
+            return (count - size + 1).clamp(min=0)
+        return (count // size - 1).clamp(min=0) * size
+
+    def features(self, key: Tensor) -> Tensor:
+        key = repeated(key, self.inputs.query.shape[1])
+        return both_softmaxes(key @ self.params["W_k"], self.spec.eps)
+
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, here: Tensor, state: Tensor
     ) -> Tensor:
-        """Tokens from the beginning of a block on, `(B, H, T, …)`; the state is of all blocks before."""
-        tokens, size = query.shape[2], self.window
-        entering = in_chunks(self._map(key, params["W_k"]), size)
-        reading = in_chunks(self._map(query, params["W_q"]), size)
-        query, key, value = (in_chunks(x, size) for x in (query, key, value))
+        scores, near = query @ key.mT, torch.ones_like(here)
+        weights = self.spec.weights_of(
+            self.inputs, self.params, scores, torch.zeros_like(scores), here, near
+        )
+        return weights @ value + self._reading(query) @ state
+
+    def blocks(self, query: Tensor, key: Tensor, value: Tensor, state: Tensor) -> Tensor:
+        tokens, size = query.shape[2], self.spec.window
+        entering, reading = self.features(key), self._reading(query)
+        query, key, value, entering, reading = (
+            in_chunks(x, size) for x in (query, key, value, entering, reading)
+        )
         states = scan(entering.mT @ value, None, state)
         # each block sees itself, the one before, and a state of those before that
         before = torch.cat([states[:, :, :1], states[:, :, :-2]], 2)
         key, value, entering = (torch.cat([_previous(x), x], 3) for x in (key, value, entering))
         rows = torch.arange(size, device=query.device).view(-1, 1) + size
         columns = torch.arange(2 * size, device=query.device)
-        keep = columns <= rows
-        first = torch.ones_like(keep).expand(query.shape[2], -1, -1).clone()
-        first[0, :, :size] = False  # before the first block there is only the state
-        keep = keep & first
-        near = rows - columns < size if self.shape == "sliding" else torch.ones_like(keep[0])
-        weights = self._weights(inputs, params, query @ key.mT, reading @ entering.mT, keep, near)
+        keep = (columns <= rows).expand(query.shape[2], -1, -1).clone()
+        keep[0, :, :size] = False  # before the first block there is only the state
+        near = rows - columns < (size if self.spec.shape == "sliding" else 2 * size)
+        weights = self.spec.weights_of(
+            self.inputs, self.params, query @ key.mT, reading @ entering.mT, keep, near
+        )
         sums = weights @ value + reading @ before
         return sums.flatten(2, 3)[:, :, :tokens]
+
+    def _reading(self, query: Tensor) -> Tensor:
+        return both_softmaxes(query @ self.params["W_q"], self.spec.eps)
 
 
 def _previous(x: Tensor) -> Tensor:
     """Each block's predecessor, `(B, H, N, C, X)`; zeros before the first."""
     shifted: Tensor = F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1]
     return shifted
-
-
-def _or_one(total: Tensor) -> Tensor:
-    return total.masked_fill(total == 0, 1.0)
