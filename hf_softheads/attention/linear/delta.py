@@ -59,9 +59,9 @@ def chunked(
     own, reading = scores @ fresh, query * since - scores @ erased
     gained, lost, kept = entering @ fresh, entering @ erased, left.exp().unsqueeze(-1)
     states = []
-    for n in range(query.shape[2]):
+    for keeps, gains, loses in zip(*(x.unbind(2) for x in (kept, gained, lost)), strict=True):
         states.append(state)
-        state = kept[:, :, n] * state + gained[:, :, n] - lost[:, :, n] @ state
+        state = keeps * state + gains - loses @ state
     out = own + reading @ torch.stack(states, 2)
     return out.flatten(2, 3)[:, :, :tokens], state
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hf_softheads.attention.call import Inputs, Params
@@ -31,4 +30,4 @@ class EluLinear(LinearSpec, name="elu_linear"):
 
 def raised(x: Tensor) -> Tensor:
     """`elu(x) + 1`, without the rounding of `exp(x) - 1 + 1`."""
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    return x.relu() + x.clamp(max=0).exp()

@@ -27,6 +27,10 @@ class Kernel(NamedTuple):
     key: Tensor
     of: Callable[[Tensor], Tensor]
 
+    def part(self, tokens: slice) -> Kernel:
+        """The kernel of some tokens."""
+        return self._replace(query=self.query[:, :, tokens], key=self.key[:, :, tokens])
+
 
 def quadratic(weights: Tensor, value: Tensor, keep: Tensor) -> Tensor:
     """`(weights · keep) @ value` for weights `(B, H, Q, K)`: the definition."""
@@ -36,7 +40,12 @@ def quadratic(weights: Tensor, value: Tensor, keep: Tensor) -> Tensor:
 def faded(decayed_query: Tensor, decayed_key: Tensor, keep: Tensor) -> Tensor:
     """`exp(b_i − b_j)` where `keep`, from running sums of log decays `(…, Q)` and `(…, K)`."""
     exponent = decayed_query.unsqueeze(-1) - decayed_key.unsqueeze(-2)
-    return exponent.masked_fill(~keep, 0.0).exp()
+    return fade(exponent.masked_fill(~keep, 0.0))
+
+
+def fade(exponent: Tensor) -> Tensor:
+    """`exp`, and 0 below e⁻⁶⁰: numbers that end below the normal ones make a product ten times slower."""
+    return exponent.exp().masked_fill(exponent < -60, 0.0)
 
 
 def recurrent(
@@ -57,8 +66,8 @@ def folded(key: Tensor, value: Tensor, log_decay: Tensor | None, state: Tensor) 
     if log_decay is not None:
         passed = log_decay.cumsum(-1)
         left = passed[..., -1:]
-        key = key * (left - passed).exp().unsqueeze(-1)
-        state = state * left.exp().unsqueeze(-1)
+        key = key * fade(left - passed).unsqueeze(-1)
+        state = state * fade(left).unsqueeze(-1)
     return state + key.mT @ value
 
 
@@ -79,7 +88,19 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     """Chunks of 64 tokens: a small matrix within each, the state between them. Time and memory are linear in Q = K."""
     tokens, groups = query.shape[2], key.shape[1]
+    whole = tokens - tokens % CHUNK
+    if 0 < whole < tokens:
+        parts = []
+        for some in (slice(0, whole), slice(whole, tokens)):
+            q, k, v = query[:, :, some], key[:, :, some], value[:, :, some]
+            passing = None if log_decay is None else log_decay[..., some]
+            part = None if kernel is None else kernel.part(some)
+            out, state = chunked(q, k, v, passing, state, part)
+            parts.append(out)
+        return torch.cat(parts, 2), state
     size = min(CHUNK, tokens)
+    if log_decay is not None and log_decay.stride(-1) == 0:
+        log_decay = log_decay[..., :size]  # one number for all tokens: all chunks are alike
     query, key, value = _rows(query, groups, size), in_chunks(key, size), in_chunks(value, size)
     if kernel is None:
         scores = query @ key.mT
@@ -96,22 +117,22 @@ def chunked(
         fading = faded(passed, passed, causal).tril()
         scores = scores * fading.unsqueeze(-3)
         left = passed[..., -1:]
-        entering, carry = key * (left - passed).exp().unsqueeze(-1), left.squeeze(-1).exp()
-        query = (query.unflatten(-2, (-1, size)) * passed.exp()[..., None, :, None]).flatten(-3, -2)
+        entering, carry = key * fade(left - passed).unsqueeze(-1), fade(left.squeeze(-1))
+        query = (query.unflatten(-2, (-1, size)) * fade(passed)[..., None, :, None]).flatten(-3, -2)
     states = scan(entering.mT @ value, carry, state)
     out = scores.flatten(-3, -2) @ value + query @ states[:, :, :-1]
     out = out.unflatten(3, (-1, size)).transpose(2, 3).flatten(1, 2)  # (B, H, N, C, E)
-    return out.flatten(2, 3)[:, :, :tokens], states[:, :, -1]
+    return out.flatten(2, 3), states[:, :, -1]
 
 
 def scan(updates: Tensor, carry: Tensor | None, state: Tensor) -> Tensor:
-    """`S_{n+1} = carry_n S_n + U_n` for updates `(B, G, N, F, E)` and carry `(1|B, G, N)`: all `N + 1` states."""
+    """`S_{n+1} = carry_n S_n + U_n` for updates `(B, G, N, F, E)` and carry `(1|B, G, 1|N)`: all `N + 1` states."""
     state = state.expand(updates[:, :, 0].shape)
     if torch.compiler.is_compiling():
         states = [state]
         for n in range(updates.shape[2]):
-            factor = 1.0 if carry is None else carry[:, :, n, None, None]
-            states.append(states[-1] * factor + updates[:, :, n])
+            kept = states[-1] if carry is None else states[-1] * _factor(carry, n)
+            states.append(kept + updates[:, :, n])
         return torch.stack(states, 2)
     out: Tensor = _Scan.apply(updates, carry, state)
     return out
@@ -129,7 +150,7 @@ class _Scan(torch.autograd.Function):
         for n in range(steps):
             kept = states[:, :, n] if carry is None else states[:, :, n] * _factor(carry, n)
             torch.add(kept, updates[:, :, n], out=states[:, :, n + 1])
-        ctx.save_for_backward(carry, None if carry is None else states)
+        ctx.save_for_backward(carry, states if ctx.needs_input_grad[1] else None)
         return states
 
     @staticmethod
@@ -138,12 +159,13 @@ class _Scan(torch.autograd.Function):
         carry, states = ctx.saved_tensors
         steps = grad.shape[2] - 1
         dupdates = torch.empty_like(grad[:, :, 1:])
-        dcarry = None if carry is None else grad.new_empty(*grad.shape[:3])[:, :, 1:]
+        dcarry = None if states is None else grad.new_empty(*grad.shape[:3])[:, :, 1:]
         running = grad[:, :, steps].clone()
         for n in reversed(range(steps)):
             dupdates[:, :, n] = running
             if dcarry is not None:
                 dcarry[:, :, n] = (running * states[:, :, n]).sum((-2, -1))
+            if carry is not None:
                 running.mul_(_factor(carry, n))
             running.add_(grad[:, :, n])
         if dcarry is not None:
@@ -157,7 +179,7 @@ def repeated(x: Tensor, heads: int) -> Tensor:
 
 
 def _factor(carry: Tensor, n: int) -> Tensor:
-    return carry[:, :, n, None, None]
+    return carry[:, :, min(n, carry.shape[2] - 1), None, None]
 
 
 def _rows(query: Tensor, groups: int, size: int) -> Tensor:
@@ -169,6 +191,7 @@ def _rows(query: Tensor, groups: int, size: int) -> Tensor:
 
 def in_chunks(x: Tensor, size: int) -> Tensor:
     """`(B, H, T, X)` as `(B, H, N, size, X)`; zeros fill the last chunk."""
-    padded = F.pad(x, (0, 0, 0, -x.shape[2] % size))
+    missing = -x.shape[2] % size
+    padded = F.pad(x, (0, 0, 0, missing)) if missing else x
     chunks: Tensor = padded.unflatten(2, (-1, size))
     return chunks

@@ -101,7 +101,7 @@ class Past:
         Args:
             query, key: features `(B, H, Q, F)` and `(B, H|Hkv, K, F)`.
             value: `(B, Hkv, K, Dv)`.
-            log_decay: `(1|B, H, K)`, at most 0; one number for each token.
+            log_decay: `(1|B, H, K)`, at most 0; an expanded view where it is one number for all tokens.
             kernel: the same w without features, where a matrix of them is computed anyway.
         """
         value = torch.cat([value, torch.ones_like(value[..., :1])], -1)
