@@ -13,6 +13,7 @@ from hf_softheads.attention.learned_sink import LearnedSink as LearnedSink
 from hf_softheads.attention.linear.based import Based as Based
 from hf_softheads.attention.linear.cosformer import CosFormer as CosFormer
 from hf_softheads.attention.linear.decay_linear import DecayLinear as DecayLinear
+from hf_softheads.attention.linear.drop import Drop as Drop
 from hf_softheads.attention.linear.elu_linear import EluLinear as EluLinear
 from hf_softheads.attention.linear.feed_forward_kernel import FeedForwardKernel as FeedForwardKernel
 from hf_softheads.attention.linear.gated_delta import GatedDelta as GatedDelta
@@ -32,6 +33,8 @@ from hf_softheads.attention.relu import ReLU as ReLU
 from hf_softheads.attention.sa_softmax import SASoftmax as SASoftmax
 from hf_softheads.attention.selective import Selective as Selective
 from hf_softheads.attention.sigmoid import Sigmoid as Sigmoid
+from hf_softheads.attention.sliding_window import SlidingWindow as SlidingWindow
+from hf_softheads.attention.soft import Soft as Soft
 from hf_softheads.attention.softmax import Softmax as Softmax
 from hf_softheads.attention.softmax1 import Softmax1 as Softmax1
 from hf_softheads.attention.softpick import Softpick as Softpick
