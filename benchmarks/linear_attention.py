@@ -2,9 +2,10 @@
 
     python benchmarks/linear_attention.py     # about five minutes; writes benchmarks/results/linear_attention.json
 
-Batch 1, heads of 64 (2 in training, 8 in decoding), causal, fp32, CPU time of one thread, all candidates in turn in one process; ratios to
-`scaled_dot_product_attention`. Training: forward and backward of a whole text, feature maps included. Decoding: one
-token after a text of some length, whose keys the baseline holds and the others have in their state.
+Batch 1, heads of 64 (2 in training, 8 in decoding), causal, fp32, CPU time of one thread, all candidates in turn in one
+process; ratios to `scaled_dot_product_attention`. Training: forward and backward of a whole text, feature maps
+included. Decoding: one token after a text of some length, whose keys the baseline holds and the others have in their
+state.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ def prepare_cache(
         return
     for module in model.modules():
         variant: Any = module._modules.get(CHILD)
-        if variant is not None and variant.spec.has_state:
+        causal = getattr(module, "is_causal", True)  # an encoder beside it has no cache
+        if causal and variant is not None and variant.spec.has_state:
             layer = state_layer(cache, getattr(module, "layer_idx", 0), variant.spec)
             generation_config.disable_compile = True
             layer.record_past |= bool(generation_config.is_assistant)

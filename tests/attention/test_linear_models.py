@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache, StaticCache
 
 import hf_softheads as sh
 from hf_softheads.attention.base import AttentionSpec
@@ -200,3 +200,28 @@ def test_describe_names_the_form() -> None:
     train = patched("llama", sa.Hedgehog(features=4), attention_dropout=0.1).train()
     with pytest.raises(ValueError, match="attention dropout"):
         train(torch.randint(3, VOCAB, (1, 5)))
+
+
+def test_encoder_decoders_and_mixtures(tokens: Tensor) -> None:
+    """A decoder's self-attention keeps its state in its own cache; a mixture with the softmax keeps keys and values."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "d_model": 32, "encoder_layers": 1, "decoder_layers": 2}
+    heads = {f"{side}_attention_heads": 4 for side in ("encoder", "decoder")}
+    widths = {f"{side}_ffn_dim": 48 for side in ("encoder", "decoder")}
+    tied = {"decoder_start_token_id": 2, "forced_eos_token_id": None, "pad_token_id": 0}
+    config = AutoConfig.for_model("bart", **sizes, **heads, **widths, **tied)
+    bart = AutoModelForSeq2SeqLM.from_config(config).eval()
+    mixed = sa.Mixed(other=sa.Hedgehog(features=4), start=0.5)
+    for model in (
+        sh.patch(bart, attention=sa.EluLinear()),
+        sh.patch(make_model("llama"), attention=mixed),
+    ):
+        for beams in (1, 2):
+            want = model.generate(tokens, use_cache=False, num_beams=beams, **GREEDY)
+            assert torch.equal(model.generate(tokens, num_beams=beams, **GREEDY), want)
+
+
+def test_a_window_may_be_wider_than_a_static_cache(tokens: Tensor) -> None:
+    model = sh.patch(make_model("llama"), attention=sa.LoLCATs(window=64, features=4))
+    want = model.generate(tokens, use_cache=False, **GREEDY)
+    assert torch.equal(model.generate(tokens, cache_implementation="static", **GREEDY), want)
