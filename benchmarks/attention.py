@@ -40,6 +40,7 @@ from hf_softheads.text.windows import windows
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, DIM, WIDTH = 16, 64, 1024
+CAUSAL = {name: cls for name, cls in variants("attention").items() if name != "soft"}
 BASELINE = "scaled_dot_product_attention"
 
 
@@ -79,7 +80,7 @@ def candidates(length: int, train: bool, dtype: torch.dtype) -> dict[str, Callab
         return lambda: torch.autograd.grad(function(*inputs), leaves, grad, allow_unused=True)
 
     found = {name: bind(function, {}) for name, function in PEERS.items()}
-    for name, cls in variants("attention").items():
+    for name, cls in CAUSAL.items():
         spec: Any = cls()
         params = spec.init_params(geometry)
         given = {"params": params, "hidden": hidden if spec.needs_hidden else None}
@@ -120,9 +121,7 @@ def quality() -> list[dict[str, Any]]:
             return sum(float(model(part, labels=part).loss) for part in rows.split(4)) / 3
 
     base = loss()
-    cases: list[tuple[AttentionSpec, list[int] | None]] = [
-        (cls(), None) for cls in variants("attention").values()
-    ]
+    cases: list[tuple[AttentionSpec, list[int] | None]] = [(cls(), None) for cls in CAUSAL.values()]
     cases += [
         (sh.attention.TopK(k=64), [2, 3]),
         (sh.attention.TopK(k=256), None),

@@ -66,6 +66,31 @@ def attention_speed_table() -> str:
     return f"{table.markdown()}\n\n{found['path']}. {where(found, '../')}"
 
 
+def linear_speed_table() -> str:
+    """Speed of the variants with a recurrent state, from `linear_attention.json`."""
+    found = results("linear_attention")
+    cases = dict.fromkeys((row["kind"], row["length"]) for row in found["rows"])
+    timed = {(row["variant"], row["kind"], row["length"]): row for row in found["rows"]}
+    heads = [
+        f"{length:,} {'fwd + bwd' if kind == 'training' else 'step'}" for kind, length in cases
+    ]
+    table = Table(["variant", *heads])
+    for name in dict.fromkeys(row["variant"] for row in found["rows"]):
+        rows = [timed[(name, *case)] for case in cases]
+        cells = [f"{row['ratio']:.2f} ({_duration(row['ms'])})" for row in rows]
+        table.add(f"`{name}`", *cells)
+    shape = found["shape"]
+    return (
+        f"{table.markdown()}\n\nSpeed ÷ torch's fused attention; heads of {shape['head_dim']}, "
+        f"{shape['features']} features, "
+        f"fp32, {found['clock']}. {where(found, '../')}"
+    )
+
+
+def _duration(ms: float) -> str:
+    return f"{ms:.0f} ms" if ms >= 1 else f"{1e3 * ms:.0f} µs"
+
+
 def training_free_table() -> str:
     """What variants cost a pretrained model without training, from `training_free.json`."""
     found = results("training_free")

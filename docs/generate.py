@@ -65,6 +65,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "clients": (ROOT / "docs" / "clients.md", clients.clients_table),
     "attention": (ROOT / "docs" / "variants.md", attention.attention_table),
     "training free": (ROOT / "docs" / "variants.md", attention.training_free_table),
+    "linear speed": (ROOT / "docs" / "variants.md", attention.linear_speed_table),
     "attention speed": (ROOT / "docs" / "variants.md", attention.attention_speed_table),
 }
 

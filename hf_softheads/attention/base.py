@@ -9,7 +9,8 @@ Which engine computes it (`engines/`) is not the variant's business. It may say 
 engines recognise it: `row_map` its name and constants, `score_form` what it does to a single score, `sink_logits` that
 it is a softmax with one more key.
 
-A variant that is more than a row map (normalised keys, an output gate, a mixture) overrides `forward`.
+A variant that is more than a row map (normalised keys, an output gate, a mixture) overrides `forward`; one that keeps a
+state of fixed size instead of keys and values derives from `linear.base.LinearSpec`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from hf_softheads.attention.call import (
     Params,
     RowMap,
     ScoreForm,
+    State,
     wide,
 )
 from hf_softheads.registry import Spec
@@ -50,6 +52,7 @@ class AttentionSpec(Spec, kind="attention"):
     decode_safe: ClassVar[bool] = True  # a step over a cache equals the full forward
     needs_hidden: ClassVar[bool] = False  # reads the layer's input
     tempers_values: ClassVar[bool] = False  # changes values before they enter a cache
+    has_state: ClassVar[bool] = False  # decodes from a state of fixed size, without keys and values
     takes_sinks: ClassVar[bool] = False  # starts from the sinks of a model that has them (gpt-oss)
 
     def for_pretrained(self) -> AttentionSpec:
@@ -179,6 +182,8 @@ def attend(
     bias: Tensor | None = None,
     hidden: Tensor | None = None,
     causal: bool = True,
+    form: str | None = None,
+    state: State | None = None,
 ) -> Tensor:
     """Attention with any variant, as a function: what tests, kernels and patched models all go through.
 
@@ -194,12 +199,17 @@ def attend(
         params: as `spec.init_params` names them; None takes the fresh ones.
         scaling: default `D ** -0.5`.
         softcap, bias, hidden, causal: see `Inputs`.
+        form: how a variant with `has_state` computes: "quadratic" is the definition, with a `(Q, K)` matrix, "chunked"
+            is linear in the length, "recurrent" goes token by token. None takes what suits the call.
+        state: what such a variant knows of earlier keys; `key` and `value` are then the new ones alone, and the state
+            is moved on. An empty `State()` begins a text.
 
     Returns:
         `(B, H, Q, D)` in the query's dtype. A query that sees no key gives exactly 0, with gradient 0.
 
     Raises:
-        ValueError: shapes that do not fit, missing or unknown parameters, a variant that needs `hidden`.
+        ValueError: shapes that do not fit, missing or unknown parameters, a variant that needs `hidden`, a form or a
+            state for a variant that has none.
         TypeError: `keep` is not boolean.
     """
     _check_shapes(query, key, value)
@@ -223,6 +233,8 @@ def attend(
         bias=bias,
         hidden=hidden,
         causal=causal,
+        form=form,
+        state=state,
     )
     return run(spec, params, inputs)
 
@@ -235,6 +247,8 @@ def run(spec: AttentionSpec, params: Params, inputs: Inputs) -> Tensor:
             f"{spec.name} reads the layer's input: pass hidden=(B, Q, hidden_size), the tensor that the layer's "
             "query projection reads"
         )
+    if not spec.has_state and (inputs.form is not None or inputs.state is not None):
+        raise ValueError(f"{spec.name} has no other form and no state; leave form and state out")
     inputs = inputs.replace(keep=_four_dimensional(inputs.keep, inputs.query, inputs.key))
     with torch.autocast(inputs.query.device.type, enabled=False):  # fp32 inside means fp32
         return spec.forward(inputs, params).to(inputs.query.dtype)

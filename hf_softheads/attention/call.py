@@ -47,6 +47,7 @@ class Geometry:
     head_dim: int
     hidden_size: int
     layer_idx: int = 0
+    layers: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,32 @@ class Block:
         )
         stays = torch.rand(weights.shape, device=weights.device, generator=generator)
         return weights * (stays >= inputs.dropout) / (1 - inputs.dropout)
+
+
+class State:
+    """What a recurrent variant knows of a text between two calls, instead of its keys and values.
+
+    Attributes:
+        tensors: of the variant's choice, the batch first; none before the first call.
+        seen: tokens so far, padding included.
+        real: how many of them were no padding, `(B,)`; None before the first call.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: tuple[Tensor, ...] = ()
+        self.seen = 0
+        self.real: Tensor | None = None
+
+    def copy(self) -> State:
+        """The same state; what later calls do to either is not seen in the other."""
+        other = State()
+        other.tensors, other.seen, other.real = self.tensors, self.seen, self.real
+        return other
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change every tensor, as reordering the batch or moving to another device does."""
+        self.tensors = tuple(map(change, self.tensors))
+        self.real = None if self.real is None else change(self.real)
 
 
 Observer = Callable[["Inputs", Block, Tensor, Tensor], None]
@@ -115,6 +142,8 @@ class Inputs:
         observe: called with every block of weights, see `Observer`; nothing is fused then.
         compiled: False keeps the C++ kernel and flex_attention out.
         trace: told which engine would run the call, see `engines.Choice`; the plain definition runs instead.
+        form: "quadratic", "chunked" or "recurrent", for variants with `has_state`; None: what suits the call.
+        state: of a variant with `has_state`: what came before `key`, and what is left of it afterwards.
     """
 
     query: Tensor
@@ -133,6 +162,8 @@ class Inputs:
     observe: Observer | None = None
     compiled: bool = True
     trace: Callable[[Any], None] | None = None
+    form: str | None = None
+    state: State | None = None
 
     def replace(self, **changes: Any) -> Inputs:
         """A copy with some fields replaced."""

@@ -50,7 +50,7 @@ from hf_softheads.bridge.heads import transformers_model as transformers_model
 from hf_softheads.bridge.heads import vocabulary as vocabulary
 from hf_softheads.bridge.hidden import CHILD as CHILD
 from hf_softheads.bridge.hidden import capture_layer_input as capture_layer_input
-from hf_softheads.bridge.hidden import check_values as check_values
+from hf_softheads.bridge.hidden import check_layer as check_layer
 from hf_softheads.bridge.hidden import drop_variant as drop_variant
 from hf_softheads.bridge.hidden import give_variant as give_variant
 from hf_softheads.bridge.inputs import check_tokens as check_tokens

@@ -15,7 +15,7 @@ from hf_softheads.attention.base import AttentionVariant, run
 from hf_softheads.attention.call import AttentionMap, Geometry, Inputs, Observer
 from hf_softheads.attention.learned_sink import LearnedSink
 from hf_softheads.attention.softmax import Softmax
-from hf_softheads.bridge.hidden import CHILD, pop_layer_input
+from hf_softheads.bridge.hidden import CHILD, pop_layer_input, pop_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +53,9 @@ def attention_forward(
             "patch it with `learned_sink`, which starts from them"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    layer = pop_state(module)
+    if layer is not None and attention_mask is not None:
+        attention_mask = layer.new_columns(attention_mask, key.shape[2])
     keep, bias = visible(attention_mask, query, key, causal)
     position_bias = kwargs.get("position_bias")
     if position_bias is not None:
@@ -74,6 +77,7 @@ def attention_forward(
         causal=causal,
         dropout=dropout if module.training else 0.0,
         observe=getattr(module, _OBSERVER, None),
+        state=None if layer is None else layer.state,
     )
     shown = None
     if _wants_weights(module, kwargs):
@@ -85,6 +89,8 @@ def attention_forward(
         probe = getattr(variant, "probe", None)
         if probe is not None:
             probe.append({name for name, given in kwargs.items() if given is not None})
+        if layer is not None:
+            layer.record(variant, inputs)
         out = variant(inputs)
     return out.transpose(1, 2).contiguous(), None if shown is None else shown.whole
 
@@ -247,4 +253,5 @@ def geometry(model: PreTrainedModel, index: int, module: Any) -> Geometry:
         or hidden // heads,
         hidden_size=hidden,
         layer_idx=index,
+        layers=getattr(config, "num_hidden_layers", None) or index + 1,
     )

@@ -9,9 +9,19 @@ from torch import nn
 
 from hf_softheads.bridge.heads import find_head
 from hf_softheads.bridge.loading import local_file
+from hf_softheads.embeddings.head_rows import RowsEmbedding
+from hf_softheads.heads.base import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def bind_rows(model: Any) -> None:
+    """Let the embeddings of a tied model read the rows of its head."""
+    head = model.get_output_embeddings()
+    for module in model.modules() if isinstance(head, Head) else ():
+        if isinstance(module, RowsEmbedding):
+            module.bind(head)
 
 
 def tied_embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:

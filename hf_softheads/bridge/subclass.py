@@ -15,12 +15,13 @@ from hf_softheads import files
 from hf_softheads.attention.base import AttentionVariant
 from hf_softheads.bridge.attention import IMPLEMENTATION, register, showing
 from hf_softheads.bridge.classifiers import active_classifier, pooling
+from hf_softheads.bridge.embeddings import bind_rows
 from hf_softheads.bridge.family_loss import IGNORE, asks_for_loss, targets_of, without_logits
 from hf_softheads.bridge.fused_head import answered, theirs
 from hf_softheads.bridge.generation import with_forgotten
 from hf_softheads.bridge.head_weight import guard_again, guard_weight
 from hf_softheads.bridge.heads import active_head, is_hooked
-from hf_softheads.bridge.hidden import CHILD
+from hf_softheads.bridge.hidden import CHILD, prepare_cache
 from hf_softheads.bridge.loading import check_complete
 from hf_softheads.bridge.step_size import watch_steps
 from hf_softheads.bridge.ties import without_heads
@@ -85,6 +86,11 @@ class Patched(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[mis
         super()._adjust_missing_and_unexpected_keys(*args, **kwargs)
         for found in (*args, *kwargs.values()):
             check_complete(self, getattr(found, "missing_keys", ()))
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        done = super()._prepare_cache_for_generation(*args, **kwargs)
+        prepare_cache(self, *args, **kwargs)
+        return done
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
@@ -172,14 +178,6 @@ def _resized(head: Head, vocab: int) -> Head:
     new.untied = head.untied
     new.use_kernels(head.kernels)
     return new.train(head.training)
-
-
-def bind_rows(model: Any) -> None:
-    """Let the embeddings of a tied model read the rows of its head."""
-    head = model.get_output_embeddings()
-    for module in model.modules() if isinstance(head, Head) else ():
-        if isinstance(module, RowsEmbedding):
-            module.bind(head)
 
 
 def subclass_patched(model: PreTrainedModel) -> None:

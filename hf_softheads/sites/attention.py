@@ -65,7 +65,7 @@ class Attention(Site):
         built = {}
         for i, spec in _by_layer(part, len(layers)).items():
             index, (path, module) = list(layers.items())[i]
-            bridge.check_values(path, module, spec)
+            bridge.check_layer(path, module, spec)
             built[index] = spec.module(bridge.geometry(model, index, module))
         return built
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_softheads.attention.base import AttentionSpec, Geometry, Inputs, autograd_vjp
 from hf_softheads.attention.engines import query_blocks, sdpa
 from hf_softheads.registry import spec_from_dict
-from tests.attention.samples import ROW_MAPS, SPECS, label, left_padded, sample
+from tests.attention.samples import ROW_MAPS, SLACK, SPECS, label, left_padded, sample
 
 every_variant = pytest.mark.parametrize("spec", SPECS, ids=label)
 every_row_map = pytest.mark.parametrize("spec", ROW_MAPS, ids=label)
@@ -106,7 +106,7 @@ def test_gradients_in_float64(spec: AttentionSpec) -> None:
     ).requires_grad()
     leaves = inputs.leaves()
     if getattr(spec, "train_through", True) is False:
-        pytest.skip("its gradient leaves out β on purpose")
+        pytest.skip("its gradient leaves out β, or a stabiliser, on purpose")
 
     def run(*tensors: Tensor) -> Tensor:
         given = dict(zip(leaves, tensors, strict=True))
@@ -149,14 +149,18 @@ def test_any_scale_of_scores(spec: AttentionSpec, scale: float) -> None:
     if scale > 100:
         return
     exact = inputs.to(torch.float64)
-    close("out", out, exact(), 3e-5 * max(1.0, getattr(spec, "p", 1)))
+    close("out", out, exact(), 3e-5 * max(1.0, getattr(spec, "p", 1), SLACK.get(spec.name, 1)))
 
 
 @every_variant
 def test_one_query_over_a_cache_equals_the_full_forward(spec: AttentionSpec) -> None:
     if not spec.decode_safe:
         pytest.skip("not decode-safe by its formula")
-    full = sample(spec)
+    if spec.has_state and spec.needs_hidden:
+        pytest.skip(
+            "it needs the layer's input of every key: it goes on from its state, see test_linear.py"
+        )
+    full, slack = sample(spec), SLACK.get(spec.name, 1)
     want = full()
     for t in range(11):
         hidden = None if full.hidden is None else full.hidden[:, t : t + 1]
@@ -164,15 +168,17 @@ def test_one_query_over_a_cache_equals_the_full_forward(spec: AttentionSpec) -> 
         seen = full(
             query=query, key=full.key[:, :, : t + 1], value=full.value[:, :, : t + 1], hidden=hidden
         )
-        close(f"growing cache at {t}", seen, want[:, :, t : t + 1], 6e-6)  # adds in another order
+        close(
+            f"growing cache at {t}", seen, want[:, :, t : t + 1], slack * 6e-6
+        )  # adds in another order
         written = (torch.arange(11) <= t).view(1, 1, 1, -1)
         static = full(query=query, keep=written, hidden=hidden)
-        close(f"static cache at {t}", static, want[:, :, t : t + 1], 6e-6)
+        close(f"static cache at {t}", static, want[:, :, t : t + 1], slack * 6e-6)
     chunk = full(
         query=full.query[:, :, 6:],
         hidden=None if full.hidden is None else full.hidden[:, 6:],
     )
-    close("a chunk after a prefix", chunk, want[:, :, 6:], 6e-6)
+    close("a chunk after a prefix", chunk, want[:, :, 6:], slack * 6e-6)
 
 
 @every_variant
@@ -272,7 +278,16 @@ def test_json_round_trip(spec: AttentionSpec) -> None:
 TRACED_BACKWARDS = ("softpick", "ssmax", "learned_sink", "swat", "gated")
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if s == type(s)()], ids=label)
+RECURRENT = (
+    "elu_linear",
+    "decay_linear",
+    "lolcats",
+    "gated_delta",
+)  # the other variants with a state are the same graph with other features
+GRAPHS = [s for s in SPECS if s == type(s)() and (not s.has_state or s.name in RECURRENT)]
+
+
+@pytest.mark.parametrize("spec", GRAPHS, ids=label)
 def test_compiles_without_graph_breaks(spec: AttentionSpec) -> None:
     inputs = sample(spec, queries=9).requires_grad()
     keep = left_padded([9, 6], 9)

@@ -14,18 +14,30 @@ from torch import Tensor
 from hf_softheads.attention.call import Call
 
 
-class Engine(Protocol):
+class Described(Protocol):
+    """Something that computes attention.
+
+    Attributes:
+        TITLE: its name for people.
+        COMPILED: it is a kernel, as `patch(kernels="require")` demands.
+    """
+
+    @property
+    def TITLE(self) -> str: ...
+
+    @property
+    def COMPILED(self) -> bool: ...
+
+
+class Engine(Described, Protocol):
     """A module of this package.
 
     Attributes:
         RANK: engines of a lower rank are asked first.
-        TITLE: its name for people.
-        COMPILED: it is a kernel for row maps, as `patch(kernels="require")` demands.
     """
 
-    RANK: int
-    TITLE: str
-    COMPILED: bool
+    @property
+    def RANK(self) -> int: ...
 
     def supports(self, call: Call) -> str | None:
         """Why it cannot run this call; None if it can."""
@@ -35,9 +47,9 @@ class Engine(Protocol):
 
 
 class Choice(NamedTuple):
-    """Which engine runs a call, and why those asked before it do not: `(title, reason)`."""
+    """What runs a call, and why those asked before it do not: `(title, reason)`."""
 
-    engine: Engine
+    engine: Described
     refused: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
