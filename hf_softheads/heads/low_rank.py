@@ -100,7 +100,7 @@ def projected(stats: HeadStats, down: Tensor) -> HeadStats:
         stats,
         second_moment=wide @ stats.second_moment @ wide.T,
         mean=wide @ stats.mean,
-        prob_weighted_mean=stats.prob_weighted_mean @ down.T,
+        prob_weighted_mean=stats.prob_weighted_mean.float() @ down.T,
         states=stats.states @ down.T,
     )
 

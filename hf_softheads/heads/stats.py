@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_softheads.files import replacing
 
 FORMAT = 1
+_CONTEXTS = "contexts."  # before the names of what is saved of `HeadStats.contexts`
 _SMOOTHING = 0.1
 TOKENS_PER_DIM = 16  # below which a fit in the metric of the hidden states is doubtful
 
@@ -39,10 +40,12 @@ class HeadStats:
         token_counts: how often each token was the next token, `(V,)` int64.
         mean_prob: `E[p]`, `(V,)` float32: a smooth, strictly positive unigram estimate.
         curvature: `λ̃ = E[p̃(1-p̃)]`, `p̃ = 0.9 p + 0.1 / V`, `(V,)` float32: how much each row's error matters.
-        prob_weighted_mean: `E[p_v h] / E[p_v]`, `(V, D)` float32: the hidden state at which token v is likely.
+        prob_weighted_mean: `E[p_v h] / E[p_v]`, `(V, D)` bfloat16: the hidden state at which token v is likely.
         states: a uniform sample of hidden states, `(S, D)` float32.
         labels: the next token of each sampled state, `(S,)` int64.
         tokens: how many hidden states were seen.
+        contexts: what `local_moments` found for the head that these statistics are of, so that every fit with them
+            finds it at once; saved with the rest.
     """
 
     second_moment: Tensor
@@ -55,6 +58,7 @@ class HeadStats:
     labels: Tensor
     tokens: int
     provenance: dict[str, str] = field(default_factory=dict)
+    contexts: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def dim(self) -> int:
@@ -101,8 +105,9 @@ class HeadStats:
         tensors = {
             f.name: getattr(self, f.name)
             for f in fields(self)
-            if f.name not in ("tokens", "provenance")
+            if isinstance(getattr(self, f.name), Tensor)
         }
+        tensors |= {_CONTEXTS + name: tensor for name, tensor in self.contexts.items()}
         header = {
             "format": str(FORMAT),
             "tokens": str(self.tokens),
@@ -121,9 +126,16 @@ class HeadStats:
                     f"{path} holds no head statistics of format {FORMAT} or older: {header}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        return cls(
+        contexts = {
+            name.removeprefix(_CONTEXTS): tensors.pop(name)
+            for name in list(tensors)
+            if name.startswith(_CONTEXTS)
+        }
+        loaded = cls(
             **tensors, tokens=int(header["tokens"]), provenance=json.loads(header["provenance"])
         )
+        loaded.contexts.update(contexts)
+        return loaded
 
 
 def _users_level() -> int:

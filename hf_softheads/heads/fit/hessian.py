@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
 
 _ROWS = 8192  # fitted at once
+_COMPARED = 64  # rows by which a matrix is known again
 _DAMPING = 1e-3  # of the mean variance, added to every direction: directions never seen still cost a little
 
 
@@ -33,20 +34,31 @@ def metric_root(stats: HeadStats, *, centred: bool = False) -> tuple[Tensor, Ten
     return vectors * scale, (vectors / scale).T
 
 
-@torch.no_grad()
 def local_moments(stats: HeadStats, weight: Tensor, clusters: int = 32) -> tuple[Tensor, Tensor]:
     """The metric of each token's own contexts, one per cluster of tokens: labels `(V,)`, moments `(C, D, D)` float64.
 
     The error of row v costs `E[p_v (1 - p_v) (δ_v·h)²]`, so what counts is `E[h hᵀ]` where v is likely. Tokens are
     clustered by the hidden state at which they are likely; a moment is the mean over its tokens on `stats.states`,
     shrunk towards the global one as its effective number of states is small. Scaled to the global trace.
+
+    Found once for these statistics and this matrix: `stats.contexts` keeps it, the moments in fp32.
     """
+    sample = weight[:: max(1, len(weight) // _COMPARED)].detach().float().cpu()
+    known, clusters = stats.contexts, min(clusters, len(weight))
+    if not known or len(known["moments"]) != clusters or not torch.equal(known["of"], sample):
+        labels, moments = _local_moments(stats, weight, clusters)
+        known.update(of=sample, labels=labels.int().cpu(), moments=moments.float().cpu())
+    return known["labels"].long().to(weight.device), known["moments"].double().to(weight.device)
+
+
+@torch.no_grad()
+def _local_moments(stats: HeadStats, weight: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     device = weight.device
     root, inverse = (r.to(device) for r in metric_root(stats))
     whole = root @ root.T
     labels = kmeans(
         stats.prob_weighted_mean.to(device),
-        min(clusters, len(weight)),
+        clusters,
         weights=stats.curvature.to(device),
         metric=inverse.T,
         description="contexts",
@@ -58,10 +70,10 @@ def local_moments(stats: HeadStats, weight: Tensor, clusters: int = 32) -> tuple
     parts = list(in_chunks(states, len(weight)))
     for h in progress(parts, "moments of contexts"):
         p = scores_of(h, weight).softmax(-1)
-        share = (p.mul_(1 - p) @ member).double()  # (S, C)
-        mass += torch.stack([share.sum(0), share.square().sum(0)])
+        share = p.mul_(1 - p) @ member  # (S, C)
+        mass += torch.stack([share.double().sum(0), share.double().square().sum(0)])
         for cluster, moment in enumerate(moments):
-            moment += (h.double() * share[:, cluster, None]).T @ h.double()
+            moment += (h * share[:, cluster, None]).T @ h
     effective = mass[0].square() / mass[1].clamp_min(
         1e-30
     )  # states that a moment was estimated from
