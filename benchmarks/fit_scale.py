@@ -49,7 +49,7 @@ SPECS: dict[str, HeadSpec] = {
     "low_rank": heads.LowRank(DIM // 4),
     "low_rank_residual": heads.LowRankResidual(64, 4),
     "product_vq": heads.ProductVQ(groups=256),
-    "quantized": heads.Quantized(4),
+    "quantized": heads.Quantized(4, None),
     "residual_vq": heads.ResidualVQ(4, 1024),
     "screened": heads.Screened(heads.TransformCoded(bits=1.5), 256),
     "sdm": heads.SDM(),

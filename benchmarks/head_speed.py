@@ -42,7 +42,7 @@ from hf_softheads.report.provenance import provenance
 RESULTS = Path(__file__).parent / "results" / "head_speed.json"
 VOCAB, DIM, CANDIDATES = 128_256, 2_048, 256
 SPECS: dict[str, HeadSpec] = {
-    **{f"quantized, {bits} bits": heads.Quantized(bits) for bits in (8, 4, 3, 2)},
+    **{f"quantized, {bits} bits": heads.Quantized(bits, None) for bits in (8, 4, 3, 2)},
     "transform_coded, 2 bits": heads.TransformCoded(bits=2.0),
     "transform_coded, 1 bit": heads.TransformCoded(bits=1.0),
     "product_vq, 2 bits": heads.ProductVQ(DIM // 4),
@@ -76,7 +76,7 @@ COUNTS = (1, 4, 16, 64, 128, 512)
 def specs_of(dim: int) -> dict[str, HeadSpec]:
     """Those that are measured at the sizes of `MODELS`."""
     return {
-        "quantized, 4 bits": heads.Quantized(4),
+        "quantized, 4 bits": heads.Quantized(4, None),
         "quantized, 4 bits, groups of 64": heads.Quantized(4, group=64),
         "transform_coded, 4.5 bits": heads.TransformCoded(bits=4.5),
         "transform_coded, 2.25 bits": heads.TransformCoded(bits=2.25),

@@ -81,9 +81,9 @@ def candidates(dim: int, vocab: int) -> list[tuple[str, Any, bool]]:
         ),
         ("product_vq, 64 codes, no basis", ProductVQ(dim, 64, "none"), True),
         *(("residual_vq", ResidualVQ(4, codes), True) for codes in (64, 256, 1024)),
-        *(("quantized", Quantized(bits), True) for bits in (2, 3, 4, 5, 6, 8)),
+        *(("quantized", Quantized(bits, None), True) for bits in (2, 3, 4, 5, 6, 8)),
         *(
-            ("quantized, frequent in 8 bits", Quantized(bits, frequent=vocab // 16), True)
+            ("quantized, frequent in 8 bits", Quantized(bits, None, frequent=vocab // 16), True)
             for bits in (2, 3, 4)
         ),
         *(("lattice", Lattice(stages), True) for stages in (1, 2)),

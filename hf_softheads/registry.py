@@ -271,6 +271,9 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         return found
     if origin in (typing.Union, types.UnionType):
         for option in arguments:
+            literal = typing.get_origin(option) is typing.Literal
+            if literal and value not in typing.get_args(option):
+                continue
             try:
                 return _checked(value, option, where)
             except _WrongType:
@@ -310,6 +313,8 @@ def _type_name(hint: Any) -> str:
         return _type_name(arguments[0])
     if origin in (typing.Union, types.UnionType):
         return " | ".join(map(_type_name, arguments))
+    if origin is typing.Literal:
+        return " | ".join(map(repr, arguments))
     if hint is type(None):
         return "None"
     return hint.__name__ if isinstance(hint, type) and not arguments else str(hint)

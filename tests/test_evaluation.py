@@ -13,6 +13,8 @@ from datasets import Dataset
 
 import hf_softheads as sh
 from hf_softheads.bridge import SplitModel
+from hf_softheads.heads.fit import hessian
+from hf_softheads.heads.fit.hessian import local_moments
 from hf_softheads.heads.stats import HeadStats
 from hf_softheads.measure.calibration import _Reservoir
 from hf_softheads.measure.divergence import from_dense
@@ -235,12 +237,22 @@ def test_a_reservoir_takes_every_part_of_the_stream_alike(batch):
     assert (prefix - 100).abs().max() < 5 * math.sqrt(200 * 0.25)
 
 
-def test_statistics_on_disk(model, tokens, tmp_path):
+def test_statistics_on_disk(model, tokens, tmp_path, monkeypatch):
     stats = sh.collect(model, tokens)
+    weight = model.lm_head.weight
+    labels, moments = local_moments(stats, weight, 4)
     stats.save(tmp_path / "stats.safetensors")
     again = HeadStats.load(tmp_path / "stats.safetensors")
     assert again.tokens == stats.tokens
     assert torch.equal(again.states, stats.states)
+    with monkeypatch.context() as patch:
+        patch.setattr(hessian, "kmeans", None)  # found once: not asked for again
+        for known in (stats, again):
+            found = local_moments(known, weight, 4)
+            assert torch.equal(found[0], labels)
+            assert torch.equal(found[1], moments)
+    assert not torch.equal(local_moments(again, weight + 1, 4)[1], moments)
+    assert not dataclasses.replace(stats, states=stats.states[:50]).contexts
     assert [p.name for p in tmp_path.iterdir()] == ["stats.safetensors"]
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="no head statistics"):

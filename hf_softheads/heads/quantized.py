@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from hf_softheads.bitpack import PARTS, index_dtype, pack_bits, unpack_bits
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.fit.blockwise import blocks
-from hf_softheads.heads.fit.gptq import nearest_code, round_through, round_with_feedback
+from hf_softheads.heads.fit.gptq import (
+    coordinate_descent,
+    nearest_code,
+    round_through,
+    round_with_feedback,
+)
 from hf_softheads.heads.fit.hessian import local_moments, rows_by_moment
 from hf_softheads.heads.fit.kmeans import Rows, require_finite
 from hf_softheads.heads.forms.kernel_rows import KernelRowsHead
@@ -30,6 +35,9 @@ _SHRINK = torch.linspace(
 ).tolist()  # of the largest weight: where the grid of a group may end
 
 
+_GROUP = 64  # columns per scale up to 4 bits, where nothing else is asked for
+
+
 @dataclass(frozen=True)
 class Quantized(HeadSpec, name="quantized"):
     """`row_v = s_vg (q_v - m)`, one scale s per row and group of `group` columns, q in `bits` bits.
@@ -40,14 +48,15 @@ class Quantized(HeadSpec, name="quantized"):
 
     Attributes:
         bits: 8, 6, 5, 4, 3 or 2.
-        group: columns per scale; must divide D. None: the whole row.
+        group: columns per scale; must divide D. None: the whole row. "auto": 64 up to 4 bits, where 64 divides D, else
+            the whole row.
         frequent: rows of so many of the most frequent tokens, by `HeadStats`, keep 8 bits.
         levels: "halves", `m = (2**bits - 1) / 2`, lie evenly around 0; "integers", `m = 2**(bits - 1)`, are those of
             the formats that servers read, so that a head of 4 or 8 bits can be exported as it is.
     """
 
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    group: Count | None = None
+    group: Count | Literal["auto"] | None = "auto"
     frequent: CountOrZero = 0
     levels: Literal["halves", "integers"] = "halves"
 
@@ -59,10 +68,18 @@ class Quantized(HeadSpec, name="quantized"):
 
     @classmethod
     def ladder(cls, dim: int, vocab: int) -> list[HeadSpec]:
-        return [cls(bits) for bits in (2, 3, 4, 5, 6, 8)]
+        few: tuple[Literal[2, 3, 4], ...] = (2, 3, 4)
+        low = [cls(bits, frequent=count) for bits in few for count in (0, vocab // 32)]
+        return [*low, cls(5), cls(6), cls(8)]
+
+    def columns(self, dim: int) -> int:
+        """How many columns of D share a scale."""
+        if self.group == "auto":
+            return _GROUP if self.bits <= 4 and dim % _GROUP == 0 else dim
+        return self.group or dim
 
     def check(self, dim: int, vocab: int) -> None:
-        if self.group is not None and dim % self.group:
+        if dim % self.columns(dim):
             valid = [g for g in (16, 32, 64, 128, 256) if dim % g == 0]
             raise ValueError(
                 f"quantized asked for groups of {self.group} of {dim} columns; they must divide it: {valid}"
@@ -74,7 +91,7 @@ class Quantized(HeadSpec, name="quantized"):
             )
 
     def module(self, dim: int, vocab: int, *, bias: bool = False) -> QuantizedHead:
-        group = self.group or dim
+        group = self.columns(dim)
         integers = self.levels == "integers"
         return QuantizedHead(
             dim, vocab, self.bits, group, bias=bias, frequent=self.frequent, integers=integers
@@ -141,7 +158,12 @@ def quantize_rows(
         scales[mine] = _group_scales(rows, moment.diagonal().float(), bits, group, middle)
         step = scales[mine].repeat_interleave(group, 1)
         order = moment.diagonal().argsort(descending=True)
-        codes[mine] = round_with_feedback(rows, step, step * -middle, last, moment, order)
+        found = round_with_feedback(rows, step, step * -middle, last, moment, order)
+        if bits < 8:
+            scales[mine] = _refit_scales(rows, found.float() - middle, scales[mine], moment)
+            step = scales[mine].repeat_interleave(group, 1)
+            found = coordinate_descent(found, rows, step, step * -middle, last, moment, order)
+        codes[mine] = found
     return scales, codes
 
 
@@ -168,6 +190,23 @@ def _group_scales(
         scale = torch.where(cost < best, step, scale)
         best = torch.minimum(best, cost)
     return scale.squeeze(-1)
+
+
+def _refit_scales(rows: Tensor, levels: Tensor, scales: Tensor, moment: Tensor) -> Tensor:
+    """Scales `(R, G)` of least `(v̂ - v) moment (v̂ - v)ᵀ`, `v̂ = scale · levels` group by group, as bf16 numbers.
+
+    Those that would not be positive stay as they are.
+    """
+    count, groups = scales.shape
+    metric, cut = moment.float(), levels.view(count, groups, -1)
+    target = ((rows @ metric).view_as(cut) * cut).sum(-1)
+    normal = rows.new_empty(count, groups, groups)
+    for group, part in enumerate(metric.split(cut.shape[2])):
+        normal[:, group] = ((cut[:, group] @ part).view_as(cut) * cut).sum(-1)
+    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    normal += ridge[:, None, None] * torch.eye(groups, device=rows.device)
+    found = torch.linalg.solve(normal, target.unsqueeze(-1)).squeeze(-1).bfloat16().float()
+    return torch.where(found > 0, found, scales)
 
 
 class QuantizedHead(KernelRowsHead):

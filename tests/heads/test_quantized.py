@@ -7,6 +7,7 @@ import torch
 
 from hf_softheads.bitpack import PARTS, pack, pack_bits, unpack, unpack_bits
 from hf_softheads.heads import Quantized
+from hf_softheads.heads.quantized import _refit_scales
 from tests.heads.conftest import Toy, fit, kl
 
 
@@ -36,6 +37,36 @@ def test_feedback_beats_rounding_on_logits(bits: int, group: int | None, toy: To
         error = head(toy.hidden) - toy.hidden @ toy.weight.T
         errors.append(float(error.detach().square().mean()))
     assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("columns", [None, 8])
+def test_scales_are_best_for_their_codes(columns: int | None, toy: Toy) -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(4, (256, 16), generator=generator) - 1.5
+    moment = toy.stats.second_moment
+    groups = 16 // (columns or 16)
+    scales = torch.full((256, groups), 0.1)
+    found = _refit_scales(toy.weight, levels, scales, moment)
+
+    def cost(scale: torch.Tensor) -> torch.Tensor:
+        rows = levels * scale.repeat_interleave(16 // groups, 1)
+        return (((rows - toy.weight).double() @ moment) * (rows - toy.weight)).sum(-1)
+
+    free = (found != scales).all(1)  # some would not be positive
+    assert free.float().mean() > 0.2
+    for factor in (0.97, 1.03):  # a bf16 number may be 0.4 % off
+        for group in range(groups):
+            other = found.clone()
+            other[:, group] *= factor
+            assert (cost(other) >= cost(found) - 1e-3)[free].all()
+
+
+def test_groups_are_64_columns_up_to_4_bits() -> None:
+    assert [Quantized(bits).columns(576) for bits in (2, 3, 4, 5, 6, 8)] == [64] * 3 + [576] * 3
+    assert (Quantized(4).columns(100), Quantized(4, None).columns(576)) == (100, 576)
+    assert Quantized(4).module(128, 100).weight.shape == (100, 2)
+    with pytest.raises(ValueError, match=r"quantized.group must be .*'auto'.*, got 'all'"):
+        Quantized(group="all")  # type: ignore[arg-type]
 
 
 def test_without_statistics_it_rounds_to_nearest(toy: Toy) -> None:

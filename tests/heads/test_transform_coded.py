@@ -9,7 +9,7 @@ import torch
 
 from hf_softheads.heads import ProductVQ, Quantized, TransformCoded
 from hf_softheads.heads.fit.bit_allocation import _ERROR, STEP, water_fill
-from hf_softheads.heads.fit.gptq import round_with_feedback
+from hf_softheads.heads.fit.gptq import coordinate_descent, round_with_feedback
 from hf_softheads.heads.forms.bit_planes import read_codes
 from tests.heads.conftest import Toy, fit, make_toy
 
@@ -77,6 +77,30 @@ def test_feedback_lowers_the_quadratic_error() -> None:
         return float((delta @ moment * delta).sum())
 
     assert error(moment) < 0.5 * error(torch.eye(24, dtype=torch.float64))
+
+
+def test_coordinate_descent_ends_where_no_single_code_is_better() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(40, 12, generator=generator)
+    half = torch.randn(12, 5, generator=generator)
+    moment = (half @ half.T + 0.1 * torch.eye(12)).double()
+    step, offset, last = torch.full((12,), 0.5), torch.full((12,), -1.75), torch.full((12,), 7.0)
+    settings = step, offset, last, moment, torch.randperm(12, generator=generator)
+    start = torch.randint(8, (40, 12), generator=generator, dtype=torch.uint8)
+
+    def cost(codes: torch.Tensor) -> torch.Tensor:
+        delta = (offset + step * codes - values).double()
+        return (delta @ moment * delta).sum(-1)
+
+    once = coordinate_descent(start, values, *settings, sweeps=1)
+    assert (cost(once) <= cost(start)).all()
+    codes = coordinate_descent(start, values, *settings, sweeps=40, block=5)
+    assert (cost(codes) <= cost(once) + 1e-6).all()
+    for column in range(12):
+        for code in range(8):
+            other = codes.clone()
+            other[:, column] = code
+            assert (cost(other) >= cost(codes) - 1e-4).all()
 
 
 def test_order_is_a_permutation_sorted_by_importance(toy: Toy) -> None:
