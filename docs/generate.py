@@ -52,6 +52,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "fast": (ROOT / "README.md", heads.fast_table),
     "speed": (ROOT / "README.md", heads.speed_table),
     "frontier": (ROOT / "README.md", heads.frontier_table),
+    "real": (ROOT / "docs" / "heads.md", heads.real_table),
     "heads": (ROOT / "docs" / "heads.md", heads.heads_table),
     "head variants": (ROOT / "docs" / "heads.md", heads.head_variants_table),
     "fit": (ROOT / "docs" / "heads.md", heads.fit_table),

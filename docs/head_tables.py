@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import re
 
-from sources import faster, milliseconds, results, where, written
+from sources import RESULTS, faster, milliseconds, results, where, written
 
 from hf_softheads import classifiers, embeddings, heads  # noqa: F401 - register the variants
 from hf_softheads.registry import variants
@@ -41,6 +41,29 @@ def vq_table() -> str:
         f"against the dense bf16 `nn.Linear`. Distilled: {found['distillation_steps']} steps of the head alone."
     )
     return f"{table.markdown()}\n\n{note} {where(found)}"
+
+
+def real_table() -> str:
+    """Heads on pretrained models, from `results/real/`."""
+    found = [results(f"real/{file.stem}") for file in sorted(RESULTS.glob("real/*.json"))]
+    table = Table(["model", "head", "bits stored", "perplexity ÷ dense", "top-1", "fit", "repair"])
+    for model in found:
+        for name, row in model["rows"].items():
+            table.add(
+                model["settings"]["model"],
+                name,
+                f"{row['bits']:.2f}",
+                f"{row['ratio']:.4f} ± {row['standard_error']:.4f}",
+                f"{row['top1']:.1%}",
+                f"{row['fit_cpu_seconds']:.0f} s",
+                f"{row['repair_cpu_seconds']:.0f} s" if "repair_cpu_seconds" in row else "",
+            )
+    tokens = " and ".join(f"{model['settings']['report_tokens']:,}" for model in found)
+    fitted = " and ".join(f"{model['settings']['fit_tokens']:,}" for model in found)
+    return (
+        f"{table.markdown()}\n\n{tokens} tokens of books that no fit and no choice has seen, statistics of {fitted} "
+        f"others; seconds of processor time. {where(found[0], '../')}"
+    )
 
 
 def speed_table() -> str:

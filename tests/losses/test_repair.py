@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -140,6 +141,24 @@ def test_a_head_knows_the_rates_that_suit_it(spec: HeadSpec) -> None:
     for name, parameter in patched.lm_head.named_parameters():
         if name != "center":  # moves all logits alike: no gradient
             assert 0 < (parameter - before[name]).norm() < before[name].norm()
+
+
+def test_a_head_that_is_nearly_right_is_not_shaken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate of a first step that lowers the loss, where the suggested one raises it many times over."""
+
+    def last(factors: tuple[float, ...]) -> float:
+        monkeypatch.setattr(repair, "_FACTORS", factors)
+        patched = sh.patch(model(), head=TransformCoded(bits=9.0, tiers=2))
+        try:
+            return repair_head(
+                patched, dense_head(patched), rows(), steps=8, batch_size=128, code_lr=0
+            ).last
+        except ValueError:  # put back, because it is worse than before
+            return math.inf
+
+    tried = {factor: last((factor,)) for factor in repair._FACTORS}
+    assert last(tuple(tried)) < 0.8 * tried[1.0]
+    assert last(tuple(tried)) <= 1.5 * min(tried.values())
 
 
 @pytest.mark.parametrize("spec", CODED, ids=lambda spec: spec.name)
