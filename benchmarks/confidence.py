@@ -31,7 +31,8 @@ from hf_softheads.report.provenance import provenance
 from hf_softheads.text.embedded import load_embedded
 from hf_softheads.text.stdlib_corpus import stdlib_documents
 from hf_softheads.text.windows import windows
-from hf_softheads.training.distill_head import cache_states, repair_head
+from hf_softheads.training.cached_states import cache_states
+from hf_softheads.training.distill_head import repair_head
 
 RESULTS = Path(__file__).parent / "results" / "confidence.json"
 SMOOTHING = (0.0, 0.1, 0.3, 0.5)

@@ -29,7 +29,8 @@ from hf_softheads.report.tables import Table
 from hf_softheads.text.embedded import load_embedded
 from hf_softheads.text.stdlib_corpus import stdlib_documents
 from hf_softheads.text.windows import windows
-from hf_softheads.training.distill_head import cache_states, repair_head
+from hf_softheads.training.cached_states import cache_states
+from hf_softheads.training.distill_head import repair_head
 
 RESULTS = Path(__file__).parent / "results" / "distillation.json"
 BATCH, TUNING = 1024, 16_384  # hidden states

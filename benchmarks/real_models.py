@@ -30,7 +30,8 @@ from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.stats import HeadStats
 from hf_softheads.measure.sizes import stored_bits
 from hf_softheads.report.provenance import provenance
-from hf_softheads.training.distill_head import cache_states, repair_head
+from hf_softheads.training.cached_states import cache_states
+from hf_softheads.training.distill_head import repair_head
 
 RESULTS = Path(__file__).parent / "results" / "real"
 WINDOW = 512

@@ -108,7 +108,7 @@ def test_every_integer_is_one_and_not_negative(cls, name):
 BAD = [
     ("head", "vq", "codes", "many", "must be int, got 'many'"),
     ("head", "quantized", "bits", 7, "must be one of 2, 3, 4, 5, 6, 8, got 7"),
-    ("head", "quantized", "group", "x", "must be int | None, got 'x'"),
+    ("head", "quantized", "group", "x", "must be int | 'auto' | None, got 'x'"),
     ("attention", "softpick", "eps", "x", "must be float, got 'x'"),
     ("attention", "softpick", "eps", -1, "must be positive, got -1"),
     ("attention", "softpick", "eps", math.nan, "must be finite, got nan"),

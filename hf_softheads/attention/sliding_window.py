@@ -41,11 +41,15 @@ class SlidingWindow(AttentionSpec, name="sliding_window"):
         return super().forward(inputs.replace(keep=self._keep(inputs)), params)
 
     def _keep(self, inputs: Inputs) -> Tensor:
-        queries, keys = inputs.query.shape[2], inputs.key.shape[2]
-        device = inputs.key.device
-        index = torch.arange(keys, device=device)
-        distance = own_key(inputs).unsqueeze(-1) - index
-        keep = distance >= 0 if inputs.keep is None else inputs.keep
-        near = (distance.abs() < self.window * self.dilation) & (distance % self.dilation == 0)
-        first = keep.expand(-1, -1, queries, -1).cumsum(-1) <= self.sinks
-        return keep & (near | first)
+        """The visible keys `(B or 1, 1, Q, K)`; nothing of that size but truth values is made on the way."""
+        index = torch.arange(inputs.key.shape[2], device=inputs.key.device)
+        own = own_key(inputs).unsqueeze(-1)
+        keep = index <= own if inputs.keep is None else inputs.keep
+        reach = self.window * self.dilation
+        near = (index > own - reach) & (index < own + reach)
+        near = near & (index % self.dilation == own % self.dilation)
+        last = torch.full_like(keep[..., :1], -1, dtype=torch.long)  # of the sinks, for each query
+        for _ in range(self.sinks):
+            left = keep & (index > last)
+            last = torch.where(left.any(-1, True), left.to(torch.uint8).argmax(-1, True), last)
+        return keep & (near | (index <= last))

@@ -13,12 +13,8 @@ from torch import Tensor, nn
 from hf_softheads.bitpack import PARTS, index_dtype, pack_bits, unpack_bits
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.fit.blockwise import blocks
-from hf_softheads.heads.fit.gptq import (
-    coordinate_descent,
-    nearest_code,
-    round_through,
-    round_with_feedback,
-)
+from hf_softheads.heads.fit.gptq import coordinate_descent, round_through, round_with_feedback
+from hf_softheads.heads.fit.group_scales import group_scales, refit_scales
 from hf_softheads.heads.fit.hessian import local_moments, rows_by_moment
 from hf_softheads.heads.fit.kmeans import Rows, require_finite
 from hf_softheads.heads.forms.kernel_rows import KernelRowsHead
@@ -29,11 +25,6 @@ from hf_softheads.registry import Count, CountOrZero
 
 if TYPE_CHECKING:
     from hf_softheads.heads.stats import HeadStats
-
-_SHRINK = torch.linspace(
-    1.0, 0.5, 16
-).tolist()  # of the largest weight: where the grid of a group may end
-
 
 _GROUP = 64  # columns per scale up to 4 bits, where nothing else is asked for
 
@@ -155,12 +146,12 @@ def quantize_rows(
     for moment, mine in rows_by_moment(weight, metrics, f"{bits} bits"):
         rows = weight[mine].float()
         rows = rows if less is None else rows - less(mine)
-        scales[mine] = _group_scales(rows, moment.diagonal().float(), bits, group, middle)
+        scales[mine] = group_scales(rows, moment.diagonal().float(), bits, group, middle)
         step = scales[mine].repeat_interleave(group, 1)
         order = moment.diagonal().argsort(descending=True)
         found = round_with_feedback(rows, step, step * -middle, last, moment, order)
         if bits < 8:
-            scales[mine] = _refit_scales(rows, found.float() - middle, scales[mine], moment)
+            scales[mine] = refit_scales(rows, found.float() - middle, scales[mine], moment)
             step = scales[mine].repeat_interleave(group, 1)
             found = coordinate_descent(found, rows, step, step * -middle, last, moment, order)
         codes[mine] = found
@@ -170,43 +161,6 @@ def quantize_rows(
 def middle_code(bits: int, integers: bool) -> float:
     """The code, or the half between two, of a weight that is 0."""
     return (2.0**bits - 1 + integers) / 2
-
-
-def _group_scales(
-    weight: Tensor, importance: Tensor, bits: int, group: int, middle: float
-) -> Tensor:
-    """Scale of least squared error, columns weighted by `importance`, `(R, D / group)`, a bf16 number."""
-    last = 2.0**bits - 1
-    cut = weight.view(len(weight), -1, group)
-    importance = importance.view(1, -1, group)
-    largest = cut.abs().amax(-1, keepdim=True)
-    best = torch.full_like(largest, torch.inf)
-    scale = torch.zeros_like(largest)
-    for shrink in _SHRINK if bits < 8 else _SHRINK[:1]:
-        step = (largest * (shrink / (last - middle))).bfloat16().float().clamp_min(1e-30)
-        offset = step * -middle
-        error = offset + step * nearest_code(cut, step, offset, last) - cut
-        cost = (error.square() * importance).sum(-1, keepdim=True)
-        scale = torch.where(cost < best, step, scale)
-        best = torch.minimum(best, cost)
-    return scale.squeeze(-1)
-
-
-def _refit_scales(rows: Tensor, levels: Tensor, scales: Tensor, moment: Tensor) -> Tensor:
-    """Scales `(R, G)` of least `(v̂ - v) moment (v̂ - v)ᵀ`, `v̂ = scale · levels` group by group, as bf16 numbers.
-
-    Those that would not be positive stay as they are.
-    """
-    count, groups = scales.shape
-    metric, cut = moment.float(), levels.view(count, groups, -1)
-    target = ((rows @ metric).view_as(cut) * cut).sum(-1)
-    normal = rows.new_empty(count, groups, groups)
-    for group, part in enumerate(metric.split(cut.shape[2])):
-        normal[:, group] = ((cut[:, group] @ part).view_as(cut) * cut).sum(-1)
-    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    normal += ridge[:, None, None] * torch.eye(groups, device=rows.device)
-    found = torch.linalg.solve(normal, target.unsqueeze(-1)).squeeze(-1).bfloat16().float()
-    return torch.where(found > 0, found, scales)
 
 
 class QuantizedHead(KernelRowsHead):

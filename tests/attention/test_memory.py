@@ -32,12 +32,17 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if s == type(s)()], ids=label)
 def test_no_square_tensor(spec: AttentionSpec) -> None:
-    inputs = sample(spec, batch=1, queries=LENGTH).requires_grad()
-    with Largest() as largest:
-        out = inputs()
-        inputs.grads(out, torch.ones_like(out))
-    assert largest.elements <= 4 * 64 * LENGTH  # heads, the queries of one block, keys
-    assert largest.elements >= 4 * LENGTH * 8
+    def largest(length: int) -> int:
+        inputs = sample(spec, batch=1, queries=length).requires_grad()
+        with Largest() as found:
+            out = inputs()
+            inputs.grads(out, torch.ones_like(out))
+        return found.elements
+
+    elements = largest(LENGTH)
+    assert elements >= 4 * LENGTH * 8
+    if elements > 4 * 64 * LENGTH:  # heads, the queries of one block, keys; features may be more
+        assert largest(2 * LENGTH) <= 2.1 * elements
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")

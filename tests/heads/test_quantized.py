@@ -7,7 +7,7 @@ import torch
 
 from hf_softheads.bitpack import PARTS, pack, pack_bits, unpack, unpack_bits
 from hf_softheads.heads import Quantized
-from hf_softheads.heads.quantized import _refit_scales
+from hf_softheads.heads.fit.group_scales import refit_scales
 from tests.heads.conftest import Toy, fit, kl
 
 
@@ -46,7 +46,7 @@ def test_scales_are_best_for_their_codes(columns: int | None, toy: Toy) -> None:
     moment = toy.stats.second_moment
     groups = 16 // (columns or 16)
     scales = torch.full((256, groups), 0.1)
-    found = _refit_scales(toy.weight, levels, scales, moment)
+    found = refit_scales(toy.weight, levels, scales, moment)
 
     def cost(scale: torch.Tensor) -> torch.Tensor:
         rows = levels * scale.repeat_interleave(16 // groups, 1)

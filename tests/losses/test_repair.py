@@ -13,8 +13,10 @@ from hf_softheads.heads import VQ, Dense, LowRankResidual, Quantized, TransformC
 from hf_softheads.heads.base import HeadSpec
 from hf_softheads.heads.fit.gptq import round_through
 from hf_softheads.plan import dense_head
+from hf_softheads.training import cached_states
 from hf_softheads.training import distill_head as repair
-from hf_softheads.training.distill_head import cache_states, repair_head
+from hf_softheads.training.cached_states import cache_states
+from hf_softheads.training.distill_head import repair_head
 from hf_softheads.training.orthograd import OrthoGrad, orthogonal
 from tests.conftest import make_model
 
@@ -237,7 +239,7 @@ def test_orthograd_wraps_any_optimizer() -> None:
 def test_more_text_than_fits_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     patched = sh.patch(model(), head=VQ(codes=20))
     states = rows()[:, 1:].numel()
-    monkeypatch.setattr(repair, "CACHE_BYTES", states * D * 4 // 3)
+    monkeypatch.setattr(cached_states, "CACHE_BYTES", states * D * 4 // 3)
     done = repair_head(patched, dense_head(patched), rows(), steps=60, batch_size=64)
     assert done.tokens == states  # each in just one part
     assert done.last < done.first
