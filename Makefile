@@ -8,6 +8,7 @@ DEMO ?=
 # Other software that tests/clients runs on patched models; what does not install here is skipped there.
 CLIENTS := trl gguf compressed-tensors bitsandbytes torchao lm-eval
 FAST := not slow and not real and not gpu and not network
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 LOWERED := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
 .PHONY: demo test clients real slow lowered no-compiler mutants lint types docs clean
@@ -16,7 +17,7 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN) -m hf_softheads demo $(DEMO)
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal -m "$(FAST)" --ignore=tests/clients
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest $(PARALLEL) -m "$(FAST)" --ignore=tests/clients
 
 clients: $(VENV)/.clients
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -rs -n auto --maxprocesses 8 -m "$(FAST)" tests/clients
@@ -38,10 +39,11 @@ mutants: $(STAMP)
 lowered: lowered-1 lowered-2 no-compiler
 
 lowered-%: $(STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$* $(LOWERED) $(RUN) -m pytest -m "$(FAST)" --processor=avx2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$* OMP_WAIT_POLICY=passive $(LOWERED) \
+	  $(RUN) -m pytest $(PARALLEL) -m "$(FAST)" --processor=avx2
 
 no-compiler: $(STAMP)
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "$(FAST)" --no-compiler
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest $(PARALLEL) -m "$(FAST)" --no-compiler
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -121,6 +121,7 @@ follow_imports = silent
 """
 
 
+@pytest.mark.slow
 def test_type_checkers_see_the_variants(tmp_path):
     pytest.importorskip("mypy")
     files = [f"snippet_{number}.py" for number in range(len(ERRORS))]

@@ -207,6 +207,7 @@ def test_gradient_checkpointing(tokens: Tensor, stats: HeadStats) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+@pytest.mark.slow
 @every_head
 def test_is_one_graph(spec: Any, stats: HeadStats, tokens: Tensor) -> None:
     torch._dynamo.reset()

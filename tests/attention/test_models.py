@@ -328,6 +328,7 @@ def embedded() -> tuple[Any, Tensor, float]:
         return model, rows, float(model(rows, labels=rows).loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", HARMLESS, ids=label)
 def test_training_free_variants_do_not_hurt(
     spec: AttentionSpec, embedded: tuple[Any, Tensor, float]

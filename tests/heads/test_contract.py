@@ -74,6 +74,7 @@ def test_lossless_setting_reproduces_the_dense_logits(name: str, toy: Toy) -> No
     torch.testing.assert_close(found, hidden @ toy.weight.T, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_more_budget_less_error(name: str, toy: Toy) -> None:
     heads = [fitted(spec, toy) for spec in specs(name, toy)]
     for smaller, larger in itertools.pairwise(heads):
@@ -278,6 +279,7 @@ class _Copies(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 def test_fit_takes_half_precision_a_block_at_a_time(
     middle: HeadSpec, toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

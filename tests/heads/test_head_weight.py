@@ -137,7 +137,9 @@ def test_everything_else_sees_an_ordinary_parameter(
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("reader", [*READERS, *WIDE])
+@pytest.mark.parametrize(
+    "reader", [*READERS, *(pytest.param(name, marks=pytest.mark.slow) for name in WIDE)]
+)
 def test_refuses_compiled_readers(reader: str) -> None:
     model, hidden = sh.patch(make_model("llama"), head=VQ(24)), torch.zeros(2, 32)
     torch.compiler.reset()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -59,6 +61,27 @@ def test_scales_are_best_for_their_codes(columns: int | None, toy: Toy) -> None:
             other = found.clone()
             other[:, group] *= factor
             assert (cost(other) >= cost(found) - 1e-3)[free].all()
+
+
+def test_fits_beside_a_direction_of_large_variance(toy: Toy) -> None:
+    """In fp32 its square would drown the others, and no metric be positive definite."""
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64))[0]
+    mix = turn * torch.tensor([1e5, *[1.0] * 15], dtype=torch.float64)
+
+    def mixed(x: torch.Tensor) -> torch.Tensor:
+        return x.double() @ mix.T
+
+    stats = dataclasses.replace(
+        toy.stats,
+        states=mixed(toy.stats.states).float(),
+        mean=mixed(toy.stats.mean),
+        second_moment=mix @ toy.stats.second_moment @ mix.T,
+        prob_weighted_mean=mixed(toy.stats.prob_weighted_mean).float(),
+    )
+    head = Quantized(4, group=4).module(16, 256)
+    Quantized(4, group=4).fit(head, (toy.weight.double() @ mix.inverse()).float(), None, stats)
+    assert head(mixed(toy.hidden).float()).isfinite().all()
 
 
 def test_groups_are_64_columns_up_to_4_bits() -> None:

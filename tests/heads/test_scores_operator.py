@@ -95,6 +95,7 @@ def test_gradients_are_those_of_the_plain_definition(toy: Toy, spec: HeadSpec) -
     torch.testing.assert_close(only, expected[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS + WRAPPED, ids=str)
 def test_compiled_as_one_graph_it_is_the_same(toy: Toy, spec: HeadSpec, built: list[str]) -> None:
     torch.compiler.reset()  # so many versions of one function are too many

@@ -25,6 +25,7 @@ def test_budget_is_kept_all_in(bits: float) -> None:
     assert 0.97 * len(head.codes) < used <= len(head.codes)
 
 
+@pytest.mark.slow
 def test_beats_equal_bits_at_equal_size() -> None:
     toy = make_toy(2048, 32, states=4096)
     dense = (toy.hidden @ toy.weight.T).log_softmax(-1)

@@ -167,6 +167,7 @@ def killed(_: int, fields: dict[str, Any], output: Path, at: int) -> None:
     run(fields, output)
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_ends_the_same(experiment: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL in a process of its own; what it left half-written is ignored."""
     fields = {**experiment, "steps": 12, "eval_every": 0, "eval_tokens": 64}

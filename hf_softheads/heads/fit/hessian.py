@@ -41,14 +41,15 @@ def local_moments(stats: HeadStats, weight: Tensor, clusters: int = 32) -> tuple
     clustered by the hidden state at which they are likely; a moment is the mean over its tokens on `stats.states`,
     shrunk towards the global one as its effective number of states is small. Scaled to the global trace.
 
-    Found once for these statistics and this matrix: `stats.contexts` keeps it, the moments in fp32.
+    Found once for these statistics and this matrix: `stats.contexts` keeps it.
     """
     sample = weight[:: max(1, len(weight) // _COMPARED)].detach().float().cpu()
     known, clusters = stats.contexts, min(clusters, len(weight))
     if not known or len(known["moments"]) != clusters or not torch.equal(known["of"], sample):
         labels, moments = _local_moments(stats, weight, clusters)
-        known.update(of=sample, labels=labels.int().cpu(), moments=moments.float().cpu())
-    return known["labels"].long().to(weight.device), known["moments"].double().to(weight.device)
+        known.update(of=sample, labels=labels.int().cpu(), moments=moments.cpu())
+    # A copy: fits change it in place. fp32 would not stay positive definite beside directions of large variance.
+    return known["labels"].long().to(weight.device), known["moments"].to(weight.device, copy=True)
 
 
 @torch.no_grad()
@@ -70,10 +71,10 @@ def _local_moments(stats: HeadStats, weight: Tensor, clusters: int) -> tuple[Ten
     parts = list(in_chunks(states, len(weight)))
     for h in progress(parts, "moments of contexts"):
         p = scores_of(h, weight).softmax(-1)
-        share = p.mul_(1 - p) @ member  # (S, C)
-        mass += torch.stack([share.double().sum(0), share.double().square().sum(0)])
+        share = (p.mul_(1 - p) @ member).double()  # (S, C)
+        mass += torch.stack([share.sum(0), share.square().sum(0)])
         for cluster, moment in enumerate(moments):
-            moment += (h * share[:, cluster, None]).T @ h
+            moment += (h.double() * share[:, cluster, None]).T @ h.double()
     effective = mass[0].square() / mass[1].clamp_min(
         1e-30
     )  # states that a moment was estimated from
