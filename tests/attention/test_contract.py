@@ -284,10 +284,15 @@ RECURRENT = (
     "lolcats",
     "gated_delta",
 )  # the other variants with a state are the same graph with other features
+FEW = ("softmax", "softpick", "ssmax", "entmax15", "selective", "decay_linear", "lolcats")
 GRAPHS = [s for s in SPECS if s == type(s)() and (not s.has_state or s.name in RECURRENT)]
 
 
-@pytest.mark.parametrize("spec", GRAPHS, ids=label)
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(s, marks=() if s.name in FEW else pytest.mark.slow) for s in GRAPHS],
+    ids=label,
+)
 def test_compiles_without_graph_breaks(spec: AttentionSpec) -> None:
     inputs = sample(spec, queries=9).requires_grad()
     keep = left_padded([9, 6], 9)

@@ -180,6 +180,7 @@ def test_gradient_checkpointing(spec: AttentionSpec, tokens: Tensor) -> None:
 GEOMETRY = sh.attention.base.Geometry(heads=4, kv_heads=2, head_dim=8, hidden_size=32)
 
 
+@pytest.mark.slow
 @every_kind
 def test_compiles_in_one_graph(spec: AttentionSpec, tokens: Tensor) -> None:
     model = patched("llama", spec, num_hidden_layers=1)
