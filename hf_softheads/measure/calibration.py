@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from hf_softheads import bridge
 from hf_softheads.heads.base import Head
-from hf_softheads.heads.fit.blockwise import progress
 from hf_softheads.heads.stats import HeadStats, softmax_curvature
 from hf_softheads.text.windows import windows
 
@@ -31,8 +30,7 @@ def collect(
     """Statistics of a dense model's hidden states and probabilities, in one streaming pass.
 
     Holds no more than a chunk of logits; padding is left out. Memory: `(D, D)` in fp64, `(V, D)` in fp32 and the
-    sampled states. What is a mean over probabilities (`mean_prob`, `curvature`, `prob_weighted_mean`) is taken over
-    the sampled states, whose logits are the only ones that are computed; the rest over every token.
+    sampled states.
 
     Args:
         model: the model before its head is patched.
@@ -56,7 +54,11 @@ def collect(
     second = torch.zeros(dim, dim, dtype=torch.float64, device=device)
     mean = torch.zeros(dim, dtype=torch.float64, device=device)
     counts = torch.zeros(vocab, dtype=torch.long, device=device)
+    mean_prob = torch.zeros(vocab, dtype=torch.float64, device=device)
+    curvature = torch.zeros_like(mean_prob)
+    weighted = torch.zeros(vocab, dim, device=device)
     sample = _Reservoir(states, seed)
+    chunk = max(1, _CHUNK_ELEMENTS // vocab)
     seen = 0
     was_training = model.training
     model.eval()
@@ -74,17 +76,25 @@ def collect(
             mean += exact.sum(0)
             counts += torch.bincount(labels, minlength=vocab)
             sample.add(hidden.float().cpu(), labels.cpu())
-        if not seen:
-            raise ValueError("the data holds no token to predict")
-        kept, labels = sample.result()
-        tensors = {
-            "second_moment": second / seen,
-            "mean": mean / seen,
-            "token_counts": counts,
-            **_of_probabilities(reader, kept),
-        }
+            for part in hidden.split(chunk):
+                p = reader.logits(part).softmax(-1)
+                mean_prob += p.sum(0, dtype=torch.float64)
+                weighted.addmm_(p.T, part.float())
+                curvature += softmax_curvature(p).sum(0, dtype=torch.float64)
     finally:
         model.train(was_training)
+    if not seen:
+        raise ValueError("the data holds no token to predict")
+    weighted /= mean_prob.float().unsqueeze(-1).clamp(min=1e-30)
+    tensors = {
+        "second_moment": second / seen,
+        "mean": mean / seen,
+        "token_counts": counts,
+        "mean_prob": (mean_prob / seen).float(),
+        "curvature": (curvature / seen).float(),
+        "prob_weighted_mean": weighted.bfloat16(),
+    }
+    kept, labels = sample.result()
     source = bridge.source(bridge.transformers_model(model)) or type(model).__name__
     return HeadStats(
         **{name: tensor.cpu() for name, tensor in tensors.items()},
@@ -93,27 +103,6 @@ def collect(
         tokens=seen,
         provenance={"model": source},
     )
-
-
-def _of_probabilities(reader: bridge.SplitModel, states: Tensor) -> dict[str, Tensor]:
-    """Means over the dense head's probabilities at hidden states `(S, D)`."""
-    weight = reader.head.weight
-    mean_prob = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-    curvature = torch.zeros_like(mean_prob)
-    weighted = torch.zeros(weight.shape, device=weight.device)
-    chunks = states.split(max(1, _CHUNK_ELEMENTS // len(weight)))
-    for part in progress(chunks, "probabilities"):
-        part = part.to(weight.device, weight.dtype)
-        p = reader.logits(part).softmax(-1)
-        mean_prob += p.sum(0, dtype=torch.float64)
-        weighted.addmm_(p.T, part.float())
-        curvature += softmax_curvature(p).sum(0, dtype=torch.float64)
-    weighted /= mean_prob.float().unsqueeze(-1).clamp(min=1e-30)
-    return {
-        "mean_prob": (mean_prob / len(states)).float(),
-        "curvature": (curvature / len(states)).float(),
-        "prob_weighted_mean": weighted.bfloat16(),
-    }
 
 
 class _Reservoir:

@@ -24,6 +24,7 @@ from hf_softheads.training.pv_tuning import EVERY, DiscreteSteps, Measured
 _JUDGES = 2  # batches on which a discrete step is judged
 _LR = 3e-3  # of a head that suggests none
 _FACTORS = (1.0, 0.3, 0.1, 0.03, 0.01)  # of the rates that a head suggests
+_RISE = 1.05  # of the loss, at most, in a first step
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def repair_head(
         teacher: its dense head, `dense_head(model)`, or that head's matrix `(V, D)`; None with losses of the labels
             alone.
         rows: token windows `(N, W)` of training text; or what `cache_states` made of them, for several repairs.
-        lr: of the parameters; None: what the head says suits each, `TrainableCodes.repair_lr`, times that of five
-            factors up to 1 which lowers the loss most in a first step.
+        lr: of the parameters; None: what the head says suits each, `TrainableCodes.repair_lr`, times the
+            largest of five factors up to 1 with which a first step raises the loss by no more than 5 %.
         code_lr: of the codes, in codes a step; 0 leaves all codes alone; None: the head's `code_lr`.
         losses: default the forward KL; several with weights as for `Objective`.
         seed: of the order of the hidden states.
@@ -160,26 +161,29 @@ def repair_head(
 def _best_factor(
     step_of: _Step, batch: tuple[Tensor, Tensor], trained: list[Tensor], rates: list[float]
 ) -> float:
-    """What to multiply the rates by: of `_FACTORS` the one that lowers the loss most in AdamW's first step.
+    """What to multiply the rates by: the first of `_FACTORS` with which AdamW's first step does little harm.
 
-    That step moves every number by its rate. What suits a head that has much to learn ruins one that is nearly right.
+    That step moves every number by its rate, whatever its gradient; the next ones make a small loss good. What suits a
+    head that has much to learn ruins one that is nearly right.
     """
     half = len(batch[1]) // 2
+    apart = [part[half:] for part in batch]
+    start = step_of.loss(*apart)
     step_of(*(part[: half or None] for part in batch))
     before = [p.detach().clone() for p in trained]
     signs = [torch.zeros_like(p) if p.grad is None else p.grad.sign() for p in trained]
-    losses: dict[float, float] = {}
     for factor in _FACTORS:
         with torch.no_grad():
-            for p, start, sign, rate in zip(trained, before, signs, rates, strict=True):
-                p.copy_(start - factor * rate * sign)
-        losses[factor] = step_of.loss(*(part[half:] for part in batch))
+            for p, old, sign, rate in zip(trained, before, signs, rates, strict=True):
+                p.copy_(old - factor * rate * sign)
+        if step_of.loss(*apart) <= _RISE * start:
+            break
     with torch.no_grad():
-        for p, start in zip(trained, before, strict=True):
-            p.copy_(start)
+        for p, old in zip(trained, before, strict=True):
+            p.copy_(old)
             p.grad = None
     step_of.gradient = None
-    return min(_FACTORS, key=lambda factor: (not math.isfinite(losses[factor]), losses[factor]))
+    return factor
 
 
 class _Step:
